@@ -1,0 +1,1 @@
+"""Backbones: the frozen networks that yield records."""

@@ -1,0 +1,135 @@
+"""Engines: who does the arithmetic. `reference` is NumPy and readable; `native` is the C11 core and fast.
+
+Both speak the same small language: a `NetSpec`, and one dictionary of tensors that holds the network and whatever a
+method adds to it, by name:
+
+    layers.K.weight  layers.K.bias  layers.K.bn.{weight,bias,running_mean,running_var}
+    lora.I-J.A (N, R)   lora.I-J.B (R, M)     adapter from tap x^I to the output of layer J (J = I+1, or L)
+    output.gain (1,)    output.bias (C,)      y = gain·c + Σ x^k·A_k·B_k + bias; 1 and 0 where absent
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cache.store import Store
+from ..errors import EngineError, UsageError
+from ..methods import Method
+from ..spec import NetSpec
+
+__all__ = ["ENGINES", "Engine", "EpochStats", "Floats", "Tensors", "Trainer", "get_engine"]
+
+Floats = NDArray[np.float32]
+Tensors = Mapping[str, Floats]
+
+
+@dataclass(frozen=True)
+class EpochStats:
+    """What whole epochs of training saw.
+
+    Attributes:
+        loss: (E,) float64, mean cross-entropy over the samples of each epoch, measured as they were trained on.
+        correct: (E,) int64, how many samples of each epoch were classified correctly before their step.
+        diverged_at: 1-based step, within this call, whose loss was not finite; training stopped there. None if none.
+    """
+
+    loss: NDArray[np.float64]
+    correct: NDArray[np.int64]
+    diverged_at: int | None = None
+
+
+class Trainer(Protocol):
+    """The state of one training: tensors, data, cache. `epochs` moves it on, `tensors` reads it."""
+
+    def epochs(self, order: NDArray[np.int32]) -> EpochStats:
+        """Run E whole epochs; `order` is (E, T), the rows of x in the order they are visited.
+
+        Each epoch has ceil(T/B) steps of SGD; the last batch may be smaller.
+        """
+        ...
+
+    def tensors(self) -> dict[str, Floats]:
+        """The trained tensors (and, where batch norm is trained, its running statistics), as copies."""
+        ...
+
+
+class Engine(Protocol):
+    """What the rest of the package asks of an engine."""
+
+    @property
+    def name(self) -> str: ...
+
+    def forward(self, spec: NetSpec, tensors: Tensors, x: Floats, threads: int = 1) -> Floats:
+        """Logits (T, C) of samples x (T, N), batch norm by running statistics, with whatever adapters are present."""
+        ...
+
+    def records(self, spec: NetSpec, tensors: Tensors, x: Floats, threads: int = 1) -> Floats:
+        """Record rows (T, spec.record.width) of the frozen network: padded float32, gaps zero (spec.RecordSpec)."""
+        ...
+
+    def fill(
+        self, spec: NetSpec, tensors: Tensors, x: Floats, numbers: NDArray[np.int64], store: Store, threads: int = 1
+    ) -> None:
+        """Run the frozen network once for every sample the store lacks and would keep, and put its record there."""
+        ...
+
+    def trainer(
+        self,
+        spec: NetSpec,
+        tensors: Tensors,
+        method: Method,
+        rank: int,
+        x: Floats,
+        y: NDArray[np.int32],
+        *,
+        numbers: NDArray[np.int64],
+        store: Store | None,
+        batch_size: int,
+        lr: float,
+        momentum: float = 0.0,
+    ) -> Trainer:
+        """Make a trainer for `method` on samples x (T, N), labels y (T,).
+
+        Args:
+            tensors: the network and the start values of the adapters.
+            numbers: (T,), the sample number of each row of x, by which the store knows it.
+            store: the forward cache, read and filled on the way; None: every step runs the frozen network.
+        """
+        ...
+
+
+def _reference() -> Engine:
+    from .reference import ReferenceEngine
+
+    return ReferenceEngine()
+
+
+def _native() -> Engine:
+    from .native import NativeEngine
+
+    return NativeEngine()
+
+
+ENGINES: dict[str, Callable[[], Engine]] = {"native": _native, "reference": _reference}
+
+
+def get_engine(name: str | None = None) -> Engine:
+    """The engine called `name`; with None the native one, or the reference where the core was not built.
+
+    Raises:
+        UsageError: there is no engine of that name.
+        EngineError: it exists, but its compiled part does not.
+    """
+    if name is not None:
+        if name not in ENGINES:
+            raise UsageError(f"engine must be one of {', '.join(ENGINES)}, not {name!r}")
+        return ENGINES[name]()
+    try:
+        return _native()
+    except EngineError:
+        return _reference()

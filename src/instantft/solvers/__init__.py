@@ -1,0 +1,1 @@
+"""Solvers: from a base network and labelled samples to an adapter."""
