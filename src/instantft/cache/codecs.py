@@ -1,0 +1,391 @@
+"""How a record is written: codecs from padded float32 rows to bytes and back.
+
+Every codec but ``fp32`` writes a sample as ``[scales][codes][halves]``, without padding in between; which of the three
+are there, and how, is *data*: a grid of levels for each segment, a way of grouping values under one scale, a format for
+the scales. The arithmetic is float32, in the order written here, and the C core repeats it bit for bit:
+
+    m       the largest |v| of a group (the largest v on a nonnegative grid)
+    scale   m / span                         rounded up to bfloat16 where scales are bfloat16
+    inv     span / m                         or 1 / scale where scales are bfloat16
+    n       v · inv
+    code    on a table: how many thresholds lie below n;  on integers: n rounded to nearest even and clamped
+    value   level[code] · scale              or code · scale
+
+A group with m < 1e-30 gets scale 0 and the code of level 0. Values must be finite (and, for scales in
+bfloat16, at most 3.38e38, so that a scale rounded up is finite too).
+
+============ ================================================== ========================= ==================
+name         grid                                               groups                    bytes for LeNet-5
+============ ================================================== ========================= ==================
+fp32         the padded row itself                              –                         7160
+fp16         IEEE binary16, clipped to ±65504                   –                         3580
+int8         −127 … 127                                         channel or vector         1890
+nf4          NF4 of QLoRA (InstantFT §3.2)                      channel or vector         995
+nf4-block64  NF4                                                64 values of the record   1008
+relu4        0 … 15 after a ReLU, NF4 elsewhere, c in binary16  channel or vector         958
+============ ================================================== ========================= ==================
+
+This file knows nothing about sample numbers or about where the bytes are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UsageError
+from ..spec import RecordSpec, Segment
+
+__all__ = ["CODECS", "NF4_LEVELS", "NF4_THRESHOLDS", "Codec", "Grid", "codec", "nf4_levels"]
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+TINY = np.float32(1e-30)
+"""Groups whose largest value is below this are written as zeros: 1/m must stay far from overflow."""
+
+HALF_MAX = np.float32(65504)
+"""Largest finite binary16."""
+
+NF4_LEVELS: Floats = np.array(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    np.float32,
+)
+"""The 4-bit NormalFloat: QLoRA (Dettmers et al. 2023), Appendix E; `nf4_levels` derives it."""
+
+NF4_THRESHOLDS: Floats = ((NF4_LEVELS[:-1].astype(np.float64) + NF4_LEVELS[1:].astype(np.float64)) / 2).astype(
+    np.float32
+)
+"""(15,): midpoints of neighbouring levels, computed in float64 and rounded to float32."""
+
+
+def nf4_levels() -> NDArray[np.float64]:
+    """The NF4 levels from the normal quantiles, as in QLoRA §3 (equation 4) and its code.
+
+    Eight quantiles of N(0, 1) between 1 − d and 1/2 for the negative half, seven for the positive one, and zero, all
+    divided by the largest; d = 1 − (1/2)(1/32 + 1/30) keeps the outermost ones finite. Returns (16,) float64.
+    """
+    d = 1 - (1 / 32 + 1 / 30) / 2
+    quantile = NormalDist().inv_cdf
+    positive = [quantile(float(p)) for p in np.linspace(d, 0.5, 9)[:-1]]
+    negative = [-quantile(float(p)) for p in np.linspace(d, 0.5, 8)[:-1]]
+    levels = np.sort(np.array([*positive, 0.0, *negative], np.float64))
+    return np.asarray(levels / levels.max(), np.float64)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that a code can stand for, before they are multiplied by a group's scale.
+
+    Attributes:
+        span: level of the largest value of a group.
+        low, high: smallest and largest code.
+        zero: code of level 0.
+        table: True: codes number the NF4 levels; False: a code is its own level.
+    """
+
+    span: float
+    low: int
+    high: int
+    zero: int
+    table: bool = False
+
+    @property
+    def nonnegative(self) -> bool:
+        """True where values below 0 are written as 0."""
+        return self.low == 0 and not self.table
+
+    def codes(self, n: Floats) -> Bytes:
+        """Codes (two's complement where negative) of normalised values n, same shape."""
+        if self.table:
+            return np.searchsorted(NF4_THRESHOLDS, n, side="left").astype(np.uint8)
+        return np.clip(np.rint(n), self.low, self.high).astype(np.int8).view(np.uint8)
+
+    def levels(self, codes: Bytes) -> Floats:
+        """Levels that `codes` stand for, same shape."""
+        if self.table:
+            return NF4_LEVELS[codes]
+        return codes.view(np.int8).astype(np.float32)
+
+
+NF4 = Grid(span=1, low=0, high=15, zero=7, table=True)
+INT8 = Grid(span=127, low=-127, high=127, zero=0)
+UINT4 = Grid(span=15, low=0, high=15, zero=0)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A run of values with one grid, and where its codes lie in an encoded sample."""
+
+    columns: NDArray[np.intp] | slice
+    """Of a record row. Values past `size` up to groups·n are taken as zero."""
+    size: int
+    groups: int
+    """Each of the same number of values."""
+    stored: int
+    """Values stored: size, or a whole number of blocks."""
+    grid: Grid
+    scales: int
+    """Offset of its scales, in bytes."""
+    codes: int
+    """Offset of its codes, in bytes."""
+    code_bytes: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    parts: tuple[_Part, ...]
+    halves: NDArray[np.intp]
+    """Columns of the values kept in binary16."""
+    halves_at: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One way to write records.
+
+    Attributes:
+        name: by which the command line and files know it.
+        signed: grid of segments that may be negative; None where nothing is quantised.
+        nonnegative: grid of segments after a ReLU.
+        bits: of a code; 8 or 4, two codes to a byte, the low one first, every segment from a byte of its own.
+        scale: format of the scales.
+        block: 0: a scale for every channel or vector; otherwise for so many values of the whole record, in order.
+        halves: which segments are kept in binary16 behind the codes.
+        plain: True: the padded row as it is, and none of the above.
+    """
+
+    name: str
+    signed: Grid | None = None
+    nonnegative: Grid | None = None
+    bits: int = 4
+    scale: Literal["float32", "bfloat16"] = "float32"
+    block: int = 0
+    halves: Literal["none", "last", "all"] = "none"
+    plain: bool = False
+
+    def bytes_per_sample(self, record: RecordSpec) -> int:
+        """Bytes of codes and scales of a sample, without any padding (995 for nf4 on LeNet-5)."""
+        return 4 * record.size if self.plain else _plan(self, record).nbytes
+
+    def nbytes(self, record: RecordSpec) -> int:
+        """Bytes that encoding a sample writes; for fp32 with the padding of its row."""
+        return 4 * record.width if self.plain else _plan(self, record).nbytes
+
+    def stride(self, record: RecordSpec) -> int:
+        """Bytes from one encoded sample to the next: `nbytes` rounded up to a multiple of 8."""
+        return -(-self.nbytes(record) // 8) * 8
+
+    def encode(self, rows: Floats, record: RecordSpec) -> Bytes:
+        """Write samples.
+
+        Args:
+            rows: (T, record.width) float32, finite; what stands in the gaps is not looked at, except by fp32.
+            record: layout of the rows.
+
+        Returns:
+            (T, stride) uint8, C-contiguous; bytes past `nbytes` are zero.
+
+        Raises:
+            UsageError: rows do not have the shape of the record.
+        """
+        rows = np.ascontiguousarray(rows, np.float32)
+        if rows.ndim != 2 or rows.shape[1] != record.width:
+            raise UsageError(f"rows of a record must be (T, {record.width}), not {list(rows.shape)}")
+        T = len(rows)
+        out = np.zeros((T, self.stride(record)), np.uint8)
+        if self.plain:
+            out[:] = rows.view(np.uint8)
+            return out
+        plan = _plan(self, record)
+        scale_bytes = _SCALES[self.scale].size
+        for part in plan.parts:
+            values = np.zeros((T, part.stored), np.float32)
+            values[:, : part.size] = rows[:, part.columns]
+            v: Floats = values.reshape(T, part.groups, -1)
+            scale, inv, empty = self._scales(v, part.grid)
+            codes = part.grid.codes(v * inv[:, :, None])
+            codes[empty] = part.grid.zero
+            out[:, part.scales : part.scales + part.groups * scale_bytes] = _SCALES[self.scale].write(scale)
+            out[:, part.codes : part.codes + part.code_bytes] = self._pack(codes.reshape(T, -1))
+        half = np.ascontiguousarray(np.clip(rows[:, plan.halves], -HALF_MAX, HALF_MAX), "<f2")
+        out[:, plan.halves_at : plan.nbytes] = half.view(np.uint8)
+        return out
+
+    def decode(self, data: Bytes, record: RecordSpec) -> Floats:
+        """Read samples: the rows that `encode` wrote, to the precision of the codec.
+
+        Args:
+            data: (T, stride) uint8.
+            record: layout of the rows.
+
+        Returns:
+            (T, record.width) float32; the gaps are zero.
+
+        Raises:
+            UsageError: data do not have the shape of encoded records.
+        """
+        data = np.ascontiguousarray(data, np.uint8)
+        if data.ndim != 2 or data.shape[1] != self.stride(record):
+            raise UsageError(f"encoded records must be (T, {self.stride(record)}) bytes, not {list(data.shape)}")
+        T = len(data)
+        if self.plain:
+            return np.array(data.view(np.float32), np.float32)
+        rows = np.zeros((T, record.width), np.float32)
+        plan = _plan(self, record)
+        scale_bytes = _SCALES[self.scale].size
+        for part in plan.parts:
+            scale = _SCALES[self.scale].read(data[:, part.scales : part.scales + part.groups * scale_bytes])
+            codes = self._unpack(data[:, part.codes : part.codes + part.code_bytes], part.stored)
+            v = part.grid.levels(codes).reshape(T, part.groups, -1) * scale[:, :, None]
+            rows[:, part.columns] = v.reshape(T, -1)[:, : part.size]
+        half = np.ascontiguousarray(data[:, plan.halves_at : plan.nbytes]).view("<f2")
+        rows[:, plan.halves] = half.astype(np.float32)
+        return rows
+
+    def _scales(self, v: Floats, grid: Grid) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+        """scale, inv and emptiness (T, G) of groups v (T, G, n); scale and inv are 0 where a group is empty."""
+        span = np.float32(grid.span)
+        m: Floats = (v if grid.nonnegative else np.abs(v)).max(axis=2)
+        empty = m < TINY
+        safe = np.where(empty, np.float32(1), m)
+        if self.scale == "float32":
+            scale, inv = safe / span, span / safe
+        else:
+            scale = _bfloat16_up(safe / span)
+            inv = np.float32(1) / scale
+        zero = np.float32(0)
+        return np.where(empty, zero, scale), np.where(empty, zero, inv), empty
+
+    def _pack(self, codes: Bytes) -> Bytes:
+        """(T, n) codes to bytes; an odd n gets a last nibble 0."""
+        if self.bits == 8:
+            return codes
+        if codes.shape[1] % 2:
+            codes = np.pad(codes, ((0, 0), (0, 1)))
+        return np.asarray(codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4)), np.uint8)
+
+    def _unpack(self, data: Bytes, n: int) -> Bytes:
+        if self.bits == 8:
+            return np.ascontiguousarray(data)
+        codes = np.empty((len(data), 2 * data.shape[1]), np.uint8)
+        codes[:, 0::2] = data & np.uint8(15)
+        codes[:, 1::2] = data >> np.uint8(4)
+        return np.ascontiguousarray(codes[:, :n])
+
+
+@dataclass(frozen=True)
+class _ScaleFormat:
+    size: int
+    write: Callable[[Floats], Bytes]
+    """(T, G) float32 to (T, G·size) bytes, little endian."""
+    read: Callable[[Bytes], Floats]
+
+
+def _bfloat16_up(x: Floats) -> Floats:
+    """Positive x rounded up to a bfloat16, so that no value of a group exceeds its span; still float32."""
+    bits = (x.view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)
+    return np.asarray(bits, np.uint32).view(np.float32)
+
+
+def _write_bfloat16(x: Floats) -> Bytes:
+    high = np.ascontiguousarray(x).view(np.uint32) >> np.uint32(16)
+    return np.ascontiguousarray(high, "<u2").view(np.uint8)
+
+
+def _read_bfloat16(data: Bytes) -> Floats:
+    high = np.ascontiguousarray(data).view("<u2").astype(np.uint32)
+    return np.asarray(high << np.uint32(16), np.uint32).view(np.float32)
+
+
+_SCALES: dict[str, _ScaleFormat] = {
+    "float32": _ScaleFormat(
+        4,
+        lambda x: np.ascontiguousarray(x, "<f4").view(np.uint8),
+        lambda b: np.ascontiguousarray(b).view("<f4").astype(np.float32),
+    ),
+    "bfloat16": _ScaleFormat(2, _write_bfloat16, _read_bfloat16),
+}
+
+
+@lru_cache(maxsize=256)
+def _plan(c: Codec, record: RecordSpec) -> _Plan:
+    """Resolve every offset of an encoded sample once."""
+    kept = {"none": (), "last": record.segments[-1:], "all": record.segments}[c.halves]
+    quantised = tuple(s for s in record.segments if s not in kept)
+    runs: list[tuple[NDArray[np.intp] | slice, int, int, int, Grid]] = []
+    if c.block and quantised:
+        assert c.signed is not None
+        size = sum(s.size for s in quantised)
+        blocks = -(-size // c.block)
+        runs.append((_columns(quantised), size, blocks, blocks * c.block, c.signed))
+    else:
+        for s in quantised:
+            grid = c.nonnegative if s.nonnegative else c.signed
+            assert grid is not None
+            runs.append((slice(s.offset, s.offset + s.size), s.size, s.groups, s.size, grid))
+    scales = 0
+    codes = sum(groups for _, _, groups, _, _ in runs) * _SCALES[c.scale].size
+    parts: list[_Part] = []
+    for columns, size, groups, stored, grid in runs:
+        n = -(-stored * c.bits // 8)
+        parts.append(_Part(columns, size, groups, stored, grid, scales, codes, n))
+        scales += groups * _SCALES[c.scale].size
+        codes += n
+    halves = _columns(kept)
+    return _Plan(tuple(parts), halves, codes, codes + 2 * len(halves))
+
+
+def _columns(segments: tuple[Segment, ...]) -> NDArray[np.intp]:
+    """Columns of a record row that hold the segments' values, in order."""
+    ranges: list[NDArray[Any]] = [np.arange(s.offset, s.offset + s.size, dtype=np.intp) for s in segments]
+    return np.concatenate([np.empty(0, np.intp), *ranges])
+
+
+CODECS: dict[str, Codec] = {
+    c.name: c
+    for c in (
+        Codec("fp32", plain=True),
+        Codec("fp16", halves="all"),
+        Codec("int8", signed=INT8, nonnegative=INT8, bits=8),
+        Codec("nf4", signed=NF4, nonnegative=NF4),
+        Codec("nf4-block64", signed=NF4, nonnegative=NF4, block=64),
+        Codec("relu4", signed=NF4, nonnegative=UINT4, scale="bfloat16", halves="last"),
+    )
+}
+
+
+def codec(name: str) -> Codec:
+    """The codec called `name`.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    try:
+        return CODECS[name]
+    except KeyError:
+        raise UsageError(f"codec must be one of {', '.join(CODECS)}, not {name!r}") from None
