@@ -1,0 +1,260 @@
+"""Samples in, checked. After this file they are finite float32 rows and labels in range.
+
+A sample file is an ``.npz`` with ``x`` float32 or uint8, (T, N) or (T, channels, height, width) or (T, height, width),
+and ``y`` integer (T,). uint8 is scaled by 1/255; then the mean is taken off and the standard deviation divided by, per
+channel, where given. Nothing in a sample file can run code, and what it announces is checked before memory is taken.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .. import files
+from ..errors import DataError, FileError
+from ..spec import NetSpec
+
+__all__ = ["MAX_BYTES", "Samples", "as_labels", "as_samples", "load_samples", "warn_if_poor"]
+
+Floats = NDArray[np.float32]
+
+MAX_BYTES = 1 << 30
+"""Most memory the samples of one file may take as float32: over 300,000 images of 28x28."""
+
+MAX_CLASSES = 1 << 16
+"""Largest number of classes that labels may imply where no network says how many there are."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Checked samples.
+
+    Attributes:
+        x: (T, N) float32, C-contiguous, scaled and normalised.
+        y: (T,) int32, or None where labels were not asked for.
+        shape: (N,) or (channels, height, width) of one sample.
+    """
+
+    x: Floats
+    y: NDArray[np.int32] | None
+    shape: tuple[int, ...]
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """`y`, where it must be there.
+
+        Raises:
+            DataError: the samples were loaded without labels.
+        """
+        if self.y is None:
+            raise DataError("the samples must have labels (y), but have none")
+        return self.y
+
+
+def as_samples(
+    x: ArrayLike,
+    spec: NetSpec | None = None,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    name: str = "x",
+) -> tuple[Floats, tuple[int, ...]]:
+    """Samples as the engines want them.
+
+    Args:
+        x: float or uint8, (T, N), (T, channels, height, width) or (T, height, width).
+        spec: the network they are for; None: any shape will do.
+        mean, std: one value, or one a channel (one a feature for vectors); empty: not applied.
+        name: what to call x in messages.
+
+    Returns:
+        x (T, N) float32 C-contiguous; the shape of one sample.
+
+    Raises:
+        DataError: wrong type or shape, no samples, or NaN or Inf among the values.
+    """
+    values = np.asarray(x)
+    if values.dtype != np.uint8 and values.dtype.kind != "f":
+        raise DataError(f"{name} must be float32 or uint8, not {values.dtype}")
+    if values.ndim not in (2, 3, 4):
+        raise DataError(
+            f"{name} must be (T, N), (T, height, width) or (T, channels, height, width), not {list(values.shape)}"
+        )
+    if values.size == 0:
+        raise DataError(f"{name} must hold at least one sample of at least one value, not {list(values.shape)}")
+    T = values.shape[0]
+    shape = values.shape[1:] if values.ndim != 3 else (1, *values.shape[1:])
+    if spec is not None:
+        shape = _fit_shape(shape, spec.input_shape, name)
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows = values.reshape(T, -1).astype(np.float32)  # a copy, so that what follows may work in place
+    if values.dtype == np.uint8:
+        rows *= np.float32(1 / 255)
+    elif not np.isfinite(rows).all():
+        row = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
+        raise DataError(
+            f"{name} must hold finite values only, but sample {row} holds NaN, Inf or a value beyond float32"
+        )
+    _normalise(rows, shape, mean, std)
+    return np.ascontiguousarray(rows), shape
+
+
+def _fit_shape(shape: tuple[int, ...], wanted: tuple[int, ...], name: str) -> tuple[int, ...]:
+    """A sample must have the network's shape; where one of the two is flat, the number of values decides."""
+    same_size = math.prod(shape) == math.prod(wanted)
+    if shape == wanted or (same_size and 1 in (len(shape), len(wanted))):
+        return wanted
+    raise DataError(f"{name}: a sample must be {list(wanted)} as the network's input is, not {list(shape)}")
+
+
+def _normalise(rows: Floats, shape: tuple[int, ...], mean: Sequence[float], std: Sequence[float]) -> None:
+    by_channel = rows.reshape(rows.shape[0], shape[0], -1)
+    if len(mean):
+        by_channel -= np.asarray(mean, np.float32).reshape(1, -1, 1)
+    if len(std):
+        by_channel /= np.asarray(std, np.float32).reshape(1, -1, 1)
+    if (len(mean) or len(std)) and not np.isfinite(rows).all():
+        raise DataError("samples must stay finite after --mean and --std, but some became NaN or Inf")
+
+
+def as_labels(y: ArrayLike, T: int, spec: NetSpec | None = None, name: str = "y") -> NDArray[np.int32]:
+    """Labels as the engines want them.
+
+    Args:
+        y: (T,) integers from 0 to C-1.
+        T: number of samples.
+        spec: the network, which says what C is; None: any.
+        name: what to call y in messages.
+
+    Returns:
+        (T,) int32.
+
+    Raises:
+        DataError: not integers, not (T,), or out of range.
+    """
+    labels = np.asarray(y)
+    if labels.dtype.kind not in "iu":
+        raise DataError(f"{name} must be integers, not {labels.dtype}")
+    if labels.shape != (T,):
+        raise DataError(f"{name} must be ({T},), one label a sample, not {tuple(labels.shape)}")
+    C = MAX_CLASSES if spec is None else spec.C
+    bad = np.flatnonzero((labels < 0) | (labels >= C))
+    if bad.size:
+        raise DataError(f"{name} must be 0 to {C - 1}, but the label of sample {bad[0]} is {labels[bad[0]]}")
+    return labels.astype(np.int32)
+
+
+def warn_if_poor(y: NDArray[np.int32], batch_size: int) -> None:
+    """Warn of data that can be used, but are probably not what was meant."""
+    if y.size < batch_size:
+        warnings.warn(f"fewer samples ({y.size}) than a batch ({batch_size}): one batch of {y.size}", stacklevel=3)
+    if y.size and (y == y[0]).all():
+        warnings.warn(f"every label is {y[0]}: with one class only, that class is all that can be learnt", stacklevel=3)
+
+
+def load_samples(
+    path: str | PathLike[str],
+    spec: NetSpec | None = None,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    labels: bool = True,
+) -> Samples:
+    """Read and check a sample file.
+
+    Args:
+        path: an ``.npz`` with x and, where labels are asked for, y.
+        spec: the network the samples are for; None: any shape and any labels from 0.
+        mean, std: as in `as_samples`.
+        labels: whether y is needed.
+
+    Raises:
+        FileError: missing, unreadable, no ``.npz``, damaged, or larger than MAX_BYTES.
+        DataError: a key is missing, or the samples or labels cannot be used.
+    """
+    path = Path(path)
+    arrays = _read_npz(path, ("x", "y") if labels else ("x",))
+    x, shape = as_samples(arrays["x"], spec, mean, std, name=f"{path}: x")
+    y = as_labels(arrays["y"], x.shape[0], spec, name=f"{path}: y") if labels else None
+    return Samples(x, y, shape)
+
+
+def _read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+    files.regular_size(path, "a sample file")
+    try:
+        if not zipfile.is_zipfile(path):
+            raise FileError(f"a sample file must be an .npz archive, but {path} is none")
+        with zipfile.ZipFile(path) as archive:
+            present = {info.filename: info for info in archive.infolist()}
+            for key in keys:
+                if f"{key}.npy" not in present:
+                    found = ", ".join(sorted(n.removesuffix(".npy") for n in present)) or "nothing"
+                    raise DataError(
+                        f"a sample file must hold {' and '.join(keys)}, but {path} lacks {key} and holds {found:.100}"
+                    )
+            return {key: _read_array(archive, present[f"{key}.npy"], key, path) for key in keys}
+    except (DataError, FileError):
+        raise
+    except OSError as e:
+        raise FileError(f"a sample file must be readable, but {path} is not: {files.reason(e)}") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, NotImplementedError, KeyError) as e:
+        words = (str(e) or type(e).__name__).splitlines()[0][:120]
+        raise FileError(f"a sample file must be a whole .npz archive, but {path} is damaged: {words}") from None
+
+
+def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, key: str, path: Path) -> NDArray[Any]:
+    """One array; its header is checked against the archive's index before anything is allocated."""
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise FileError(f"a sample file must be stored or deflated, but {path} uses another compression for {key}")
+    if info.file_size > MAX_BYTES + (1 << 16):
+        raise FileError(
+            f"a sample file must hold at most {MAX_BYTES} bytes a key, but {key} in {path} has {info.file_size}"
+        )
+    with archive.open(info) as f:
+        shape, order, dtype, start = _read_header(f, key, path)
+        if dtype.hasobject or dtype.kind not in "biufc":
+            raise DataError(
+                f"{path}: {key} must be plain numbers, not {str(dtype)[:60]}; pickled objects are never loaded"
+            )
+        count = math.prod(shape)
+        if count * max(4, dtype.itemsize) > MAX_BYTES:
+            raise FileError(
+                f"a sample file must take at most {MAX_BYTES} bytes of memory a key, but {key} in {path} is "
+                f"{str(list(shape))[:80]} of {dtype}"
+            )
+        if count * dtype.itemsize != info.file_size - start:
+            raise FileError(
+                f"a sample file must hold what it announces, but {key} in {path} announces {str(list(shape))[:80]} of "
+                f"{dtype} and has {info.file_size - start} bytes"
+            )
+        raw = f.read(count * dtype.itemsize + 1)  # one more, so that the archive's checksum is looked at
+    if len(raw) != count * dtype.itemsize:
+        raise FileError(f"a sample file must be whole, but {key} in {path} is cut short")
+    array = np.frombuffer(raw, dtype).reshape(shape, order=order)
+    return array.astype(dtype.newbyteorder("="), copy=False)
+
+
+def _read_header(f: IO[bytes], key: str, path: Path) -> tuple[tuple[int, ...], Any, np.dtype[Any], int]:
+    try:
+        version = np.lib.format.read_magic(f)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, dtype = read(f)
+    except OSError:
+        raise
+    except Exception as e:
+        # NumPy evaluates the header as a Python literal; there are many ways for that to fail, all of them damage.
+        words = (str(e) or type(e).__name__).splitlines()[0][:100]
+        raise FileError(f"a sample file must hold .npy arrays, but {key} in {path} is damaged: {words}") from None
+    if any(n < 0 for n in shape):
+        raise FileError(
+            f"a sample file must announce sizes of 0 or more, but {key} in {path} is {str(list(shape))[:80]}"
+        )
+    return shape, ("F" if fortran else "C"), dtype, f.tell()

@@ -1,0 +1,200 @@
+"""Our own base networks: a `NetSpec` with its numbers, and the file they live in (docs/formats.md).
+
+A network never changes: its arrays are read-only, and its hash is what adapters and cache files are bound to.
+It does not run itself; engines do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import files
+from ..errors import FileError, UsageError
+from ..spec import NetSpec
+
+__all__ = ["FORMAT", "VERSION", "Network"]
+
+Floats = NDArray[np.float32]
+
+FORMAT = "instantft-base"
+VERSION = "1"
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A network with its numbers.
+
+    Args:
+        spec: its shape.
+        tensors: float32 arrays, names and shapes of ``spec.parameters``. They are copied if not read-only.
+        mean, std: what every channel of a sample is centred on and divided by before the network sees it; one value,
+            or one a channel (one a feature for vectors). Empty: neither.
+
+    Raises:
+        UsageError: the tensors do not fit the shape, or a value is not finite.
+    """
+
+    spec: NetSpec
+    tensors: Mapping[str, Floats]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        shapes = self.spec.parameters
+        if set(self.tensors) != set(shapes):
+            names = sorted(set(self.tensors) ^ set(shapes))
+            raise UsageError(f"a network's tensors must be those of its shape, but {names[0]!r} is missing or too much")
+        kept: dict[str, Floats] = {}
+        for name, shape in shapes.items():
+            value = np.asarray(self.tensors[name])
+            if value.shape != shape or value.dtype != np.float32:
+                raise UsageError(f"{name} must be float32 {list(shape)}, not {value.dtype} {list(value.shape)}")
+            if not np.isfinite(value).all():
+                raise UsageError(f"{name} must hold finite values only, not NaN or Inf")
+            kept[name] = files.frozen(value)
+        object.__setattr__(self, "tensors", kept)
+        mean, std = check_preprocessing(self.mean, self.std, self.spec.input_shape)
+        object.__setattr__(self, "mean", mean)
+        object.__setattr__(self, "std", std)
+
+    def __deepcopy__(self, memo: object) -> Network:
+        return self  # nothing in it changes
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 (hex) over the shape, the preprocessing, and name, shape and bytes of every tensor."""
+        h = hashlib.sha256()
+        h.update(_canonical([FORMAT, VERSION, self.spec.to_json(), list(self.mean), list(self.std)]))
+        for name, value in self.tensors.items():
+            h.update(_canonical([name, list(value.shape)]))
+            h.update(value.astype("<f4", copy=False).tobytes())
+        return h.hexdigest()
+
+    @classmethod
+    def init(cls, spec: NetSpec, seed: int, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()) -> Network:
+        """A network to start pre-training from: W and b uniform in ±1/√fan_in, gamma 1, beta 0, mean 0, variance 1.
+
+        Args:
+            spec: its shape.
+            seed: 0 or more; the same seed gives the same network.
+            mean, std: preprocessing, as in the class.
+        """
+        tensors: dict[str, Floats] = {}
+        for name, shape in spec.parameters.items():
+            k = int(name.split(".")[1])
+            if ".bn." in name:
+                one = name.endswith((".weight", ".running_var"))
+                tensors[name] = np.full(shape, 1.0 if one else 0.0, np.float32)
+                continue
+            g, layer = spec.geometry[k], spec.layers[k]
+            fan_in = g.N if layer.kind == "fc" else g.in_shape[0] * math.prod(layer.kernel)
+            rng = np.random.default_rng([seed, 0, k, int(name.endswith("bias"))])
+            tensors[name] = ((2.0 * rng.random(shape, np.float32) - 1.0) / math.sqrt(fan_in)).astype(np.float32)
+        return cls(spec, tensors, mean, std)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a base file; an existing one is replaced whole or not at all.
+
+        Raises:
+            FileError: it cannot be written there.
+        """
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "spec": json.dumps(self.spec.to_json()),
+            "mean": json.dumps(list(self.mean)),
+            "std": json.dumps(list(self.std)),
+            "hash": self.hash,
+        }
+        files.write_whole(Path(path), files.encode_tensors(self.tensors, metadata), "a base file")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Network:
+        """Read a base file and check all of it: sizes, names, shapes, types, values, version, hash.
+
+        Raises:
+            FileError: missing, truncated, damaged, of another version, or with a wrong hash.
+        """
+        path = Path(path)
+        found: list[NetSpec] = []
+
+        def expect(metadata: dict[str, str]) -> dict[str, tuple[int, ...]]:
+            if metadata.get("format") != FORMAT:
+                raise FileError(f"a base file must have format {FORMAT!r}, but {path} has {metadata.get('format')!r}")
+            if metadata.get("version") != VERSION:
+                raise FileError(
+                    f"a base file must have version {VERSION!r}, but {path} has {str(metadata.get('version'))[:40]!r}"
+                )
+            found.append(read_spec(metadata.get("spec", ""), "a base file", path))
+            return found[0].parameters
+
+        tensors, metadata = files.read_tensors(path, "a base file", expect)
+        try:
+            mean, std = (_numbers(metadata.get(key, "[]")) for key in ("mean", "std"))
+            network = cls(found[0], tensors, mean, std)
+        except (ValueError, RecursionError) as e:
+            raise FileError(f"a base file must have usable preprocessing, but {path} is damaged: {e}") from None
+        if network.hash != metadata.get("hash"):
+            raise FileError(
+                f"a base file must match its hash {str(metadata.get('hash'))[:64]}, but {path} hashes to "
+                f"{network.hash}: it was changed or damaged"
+            )
+        return network
+
+
+def check_preprocessing(
+    mean: tuple[float, ...], std: tuple[float, ...], shape: tuple[int, ...]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """`mean` and `std` as float32 values, checked against the channels of a sample of this shape.
+
+    Raises:
+        UsageError: too many or too few values, one is not finite, or a std is not positive.
+    """
+    checked: list[tuple[float, ...]] = []
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (0, 1, shape[0]):
+            raise UsageError(f"{name} must have one value or one a channel ({shape[0]}), not {len(values)}")
+        with np.errstate(over="ignore"):
+            rounded = tuple(float(np.float32(v)) for v in values)
+        for before, v in zip(values, rounded, strict=True):
+            if not math.isfinite(v) or (name == "std" and v <= 0):
+                rule = "finite" if name == "mean" else "finite and above 0"
+                raise UsageError(f"{name} must be {rule}, not {before:g}")
+        checked.append(rounded)
+    return checked[0], checked[1]
+
+
+def read_spec(text: str, what: str, path: Path) -> NetSpec:
+    """The network's shape out of a file's metadata.
+
+    Raises:
+        FileError: it is none.
+    """
+    try:
+        return NetSpec.from_json(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as e:
+        raise FileError(f"{what} must describe its network, but {path} does not: {str(e)[:200]}") from None
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    values = json.loads(text)
+    if not isinstance(values, list) or not all(type(v) in (int, float) for v in values):
+        raise ValueError("mean and std must be lists of numbers")
+    try:
+        return tuple(float(v) for v in values)
+    except OverflowError:
+        raise ValueError("mean and std must be finite") from None
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

@@ -1,0 +1,119 @@
+"""What a method costs, counted from the network's shape and the compute types of Skip2-LoRA's Table 1.
+
+The counting rules are those behind InstantFT's Table 1, all of whose cells they reproduce (tests/test_cost.py):
+
+    forward    2 a multiply-add · 1 a bias · 1 a ReLU · p²-1 a pixel after pooling by p · 2 a value through batch norm
+    backward   gW as many as the layer's multiply-adds, twice · gb 1 a linear output · gx as gW
+               1 a ReLU and 1 a batch norm value that a gradient passes (5 where it is trained on batch statistics)
+    adapter    forward 2NR + 2RM; backward 4RM (gW_B, gx_B) + 2NR (gW_A), and 2NR more where gx flows on
+
+Per sample throughout. This file counts; it measures nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .methods import Method, adapter_types, connections, layer_types, trainable
+from .spec import NetSpec
+
+__all__ = ["Cost", "cost", "linear_macs", "network_parameters"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What fine-tuning costs, per sample.
+
+    Attributes:
+        parameters: trainable parameters.
+        forward: FLOPs of the network and its adapters.
+        forward_cached: the same where the record comes from the cache; None where the method cannot use one.
+        backward: FLOPs of the gradients the compute types call for.
+        backward_printed: as InstantFT prints them: for skip adapters it also counts gx, though nothing needs it.
+        memory: bytes at batch size 1: weights, gradients, activations, adapters.
+    """
+
+    parameters: int
+    forward: int
+    forward_cached: int | None
+    backward: int
+    backward_printed: int
+    memory: int
+
+
+def linear_macs(spec: NetSpec) -> tuple[int, ...]:
+    """Multiply-adds of every layer's linear map, for one sample."""
+    return tuple(
+        g.N * g.M if y.kind == "fc" else g.M * g.in_shape[0] * math.prod(y.kernel)
+        for y, g in zip(spec.layers, spec.geometry, strict=True)
+    )
+
+
+def network_parameters(spec: NetSpec) -> int:
+    """Weights, biases, gamma and beta of the network (61,706 for LeNet-5); running statistics are not counted."""
+    return sum(math.prod(s) for name, s in spec.parameters.items() if ".bn.running_" not in name)
+
+
+def cost(spec: NetSpec, m: Method, rank: int) -> Cost:
+    """Cost of fine-tuning a network of this shape by method `m` at rank R, per sample."""
+    parameters = sum(math.prod(s) for s in trainable(m, spec, rank).values())
+    pairs = [(spec.geometry[i].N, spec.geometry[j - 1].M) for i, j in connections(m, spec.L)]
+    adapters = sum(2 * rank * (N + M) for N, M in pairs)
+    last = 2 * linear_macs(spec)[-1] + spec.C
+    cached = adapters + (last if m.weights == "last" or m.biases == "last" else 0)
+    unneeded = 2 * rank * sum(spec.tap_widths[1:]) if m.adapters == "skip" else 0
+    backward = _backward(spec, m, rank)
+    return Cost(
+        parameters=parameters,
+        forward=_forward(spec) + adapters,
+        forward_cached=cached if m.cacheable else None,
+        backward=backward,
+        backward_printed=backward + unneeded,
+        memory=_memory(spec, m, rank, parameters),
+    )
+
+
+def _forward(spec: NetSpec) -> int:
+    flops = 0
+    for macs, y, g in zip(linear_macs(spec), spec.layers, spec.geometry, strict=True):
+        flops += 2 * macs + g.M + (g.M if y.relu else 0) + (2 * g.M if y.batch_norm else 0)
+        flops += (y.pool**2 - 1) * g.n_out if y.pool > 1 else 0
+    return flops
+
+
+def _backward(spec: NetSpec, m: Method, rank: int) -> int:
+    types = layer_types(m, spec.L)
+    flops = 0
+    for k, (macs, g) in enumerate(zip(linear_macs(spec), spec.geometry, strict=True)):
+        wanted = types[k].removeprefix("FC_y")
+        flops += (2 * macs if "w" in wanted else 0) + (g.M if "b" in wanted else 0) + (2 * macs if "x" in wanted else 0)
+    for k in _crossed(types):  # the layer above handed a gradient down through these activations
+        y, g = spec.layers[k], spec.geometry[k]
+        flops += g.M if y.relu else 0
+        if y.batch_norm:
+            flops += {"frozen": 1, "beta": 2, "train": 5}[m.norms] * g.M
+    for (i, j), kind in zip(connections(m, spec.L), adapter_types(m, spec.L), strict=True):
+        N, M = spec.geometry[i].N, spec.geometry[j - 1].M
+        flops += 4 * rank * M + 2 * rank * N + (2 * rank * N if kind.endswith("x") else 0)
+    return flops
+
+
+def _crossed(types: list[str]) -> list[int]:
+    """Layers whose output gets a gradient from the layer above."""
+    return [k for k in range(len(types) - 1) if "x" in types[k + 1].removeprefix("FC_y")]
+
+
+def _memory(spec: NetSpec, m: Method, rank: int, parameters: int) -> int:
+    """Bytes at batch size 1, all values 4 bytes: InstantFT's Table 1, last column of each half."""
+    sizes = trainable(m, spec, rank)
+    adapters = sum(math.prod(s) for name, s in sizes.items() if name.startswith("lora."))
+    weights = sum(math.prod(s) for s in spec.parameters.values())
+    # Activations: the sample, and every linear output, and once more where pooling makes another.
+    pooled = sum(g.n_out for y, g in zip(spec.layers, spec.geometry, strict=True) if y.pool > 1)
+    outputs = sum(g.M for g in spec.geometry) + pooled
+    propagates = bool(_crossed(layer_types(m, spec.L)))
+    floats = weights + (parameters - adapters) + spec.tap_widths[0] + outputs
+    floats += outputs + pooled if propagates else spec.C  # gradients, and where each maximum came from
+    floats += 2 * adapters + 2 * rank * len(connections(m, spec.L))
+    return 4 * floats

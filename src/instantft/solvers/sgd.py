@@ -1,0 +1,318 @@
+"""Fine-tuning by stochastic gradient descent: Algorithm 1 of Skip2-LoRA, for every row of the table of methods.
+
+    Algorithm 1                                            here
+    1  function FineTune(T, E, B)                          fit
+    2    initialise C_skip                                 the store, which is given
+    3    for E epochs do                                   _epochs
+    4      for |T|/B batches do                            the engine's trainer, one call for many epochs
+    5        x ← a random batch of T                       _orders: every epoch is a permutation of T
+    6        forward of the frozen layers, with C_skip     engine.fill beforehand, where all of T fits
+    7        add what is new to C_skip                     the same
+    8        y ← c + Σ_k x^k·A_k·B_k                       the trainer
+    9-10     update A_k, B_k                               the trainer
+
+This file decides what is trained on when. It does no arithmetic on samples, and writes no files.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..adapters import MAX_RANK, Adapter, expected, initial
+from ..backbones.builtin import Network
+from ..cache.store import Store
+from ..engine import Engine, EpochStats, Floats, Tensors, Trainer
+from ..errors import DivergedError, UsageError
+from ..methods import Method
+from ..methods import method as row
+from ..spec import NetSpec
+
+__all__ = ["FitResult", "Progress", "Seconds", "check_arguments", "fit", "pretrain"]
+
+Progress = Callable[[int], None]
+"""Told now and then how many epochs are done."""
+
+CALL_SECONDS = 0.2
+"""About how long one call of the engine may last, so that progress is shown and Ctrl-C is heard."""
+
+FIRST_CALL_SAMPLES = 10_240
+"""Samples trained on in the first call, before it is known how fast they go."""
+
+MAX_ORDER = 1 << 22
+"""Most numbers in one order of samples handed to the engine (16 MiB)."""
+
+MAX_EPOCHS = 1_000_000
+MAX_BATCH = 1 << 20
+MAX_THREADS = 1024
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Where the time went, from arrays in memory to an adapter in memory."""
+
+    fill: float
+    """Running the frozen network once over the samples, into the cache."""
+    train: float
+
+    @property
+    def total(self) -> float:
+        """fill + train."""
+        return self.fill + self.train
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What fine-tuning yields.
+
+    Attributes:
+        adapter: the adapter.
+        seconds: the time it took.
+        steps: steps of SGD, epochs · ⌈T / batch size⌉.
+        stats: loss and number of correct samples of every epoch.
+    """
+
+    adapter: Adapter
+    seconds: Seconds
+    steps: int
+    stats: EpochStats
+
+
+def check_arguments(
+    *,
+    rank: int = 1,
+    epochs: int = 1,
+    batch_size: int = 1,
+    lr: float = 1.0,
+    momentum: float = 0.0,
+    seed: int = 0,
+    threads: int = 1,
+) -> None:
+    """See that every setting is of its type and inside its range.
+
+    Raises:
+        UsageError: one is not; the rule comes first, then the value.
+    """
+    for name, value, low, high in (
+        ("rank", rank, 1, MAX_RANK),
+        ("epochs", epochs, 1, MAX_EPOCHS),
+        ("batch_size", batch_size, 1, MAX_BATCH),
+        ("threads", threads, 1, MAX_THREADS),
+        ("seed", seed, 0, MAX_SEED),
+    ):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
+            raise UsageError(f"{name} must be an integer from {low} to {high}, not {value!r:.60}")
+    for name, number in (("lr", lr), ("momentum", momentum)):
+        if isinstance(number, bool) or not isinstance(number, (int, float, np.integer, np.floating)):
+            raise UsageError(f"{name} must be a number, not {number!r:.60}")
+    if not 0 < lr <= float(np.finfo(np.float32).max):
+        raise UsageError(f"lr must be above 0 and finite in float32, not {lr!r:.60}")
+    if not 0 <= momentum < 1:
+        raise UsageError(f"momentum must be at least 0 and below 1, not {momentum!r:.60}")
+
+
+def fit(
+    engine: Engine,
+    base: Network,
+    method: str | Method,
+    x: Floats,
+    y: NDArray[np.int32],
+    *,
+    rank: int = 4,
+    epochs: int = 10,
+    batch_size: int = 20,
+    lr: float = 0.1,
+    momentum: float = 0.0,
+    seed: int = 0,
+    threads: int = 1,
+    store: Store | None = None,
+    numbers: NDArray[np.int64] | None = None,
+    start: Adapter | None = None,
+    epochs_before: int = 0,
+    progress: Progress | None = None,
+) -> FitResult:
+    """Fine-tune `base` on labelled samples.
+
+    Args:
+        engine: who does the arithmetic.
+        base: the frozen network.
+        method: a row of `methods.METHODS`, or its name.
+        x: (T, N) float32, as `data.as_samples` yields them.
+        y: (T,) int32 labels.
+        rank: R of the adapters.
+        epochs, batch_size, lr, momentum: of SGD.
+        seed: decides the start of the adapters and the order of the samples, and so the whole result.
+        threads: used for filling the cache.
+        store: the forward cache; None: the frozen network runs in every step.
+        numbers: (T,), the number of each sample in the store; None: 0 … T-1.
+        start: the adapter to go on from; None: `adapters.initial`.
+        epochs_before: epochs done in earlier calls, so that going on draws new orders.
+        progress: told how many epochs are done.
+
+    Returns:
+        The adapter, times, steps, and loss and accuracy by epoch.
+
+    Raises:
+        UsageError: an argument is out of range, or a cache is given for a method that changes what it would hold.
+        DivergedError: a loss or a trained value is not finite.
+    """
+    m = row(method) if isinstance(method, str) else method
+    check_arguments(
+        rank=rank, epochs=epochs, batch_size=batch_size, lr=lr, momentum=momentum, seed=seed, threads=threads
+    )
+    if store is not None and not m.cacheable:
+        raise UsageError(f"a cache must go with a method that leaves the frozen activations as they are, not {m.name}")
+    spec, T = base.spec, len(x)
+    if numbers is None:
+        numbers = np.arange(T, dtype=np.int64)
+
+    began = time.perf_counter()
+    if store is not None and store.capacity >= T:
+        engine.fill(spec, base.tensors, x, numbers, store, threads)
+    filled = time.perf_counter()
+
+    added = initial(m, spec, rank, seed) if start is None else start.tensors
+    trainer = engine.trainer(
+        spec,
+        {**base.tensors, **added},
+        m,
+        rank,
+        x,
+        y,
+        numbers=numbers,
+        store=store,
+        batch_size=batch_size,
+        lr=lr,
+        momentum=momentum,
+    )
+    stats = _epochs(trainer, T, epochs, batch_size, lr, _rng(seed, epochs_before), progress)
+    steps = epochs * math.ceil(T / batch_size)
+    tensors = _finite(trainer.tensors(), steps, lr)
+    config = {
+        "epochs": int(epochs) + int(epochs_before),
+        "batch_size": int(batch_size),
+        "lr": float(lr),
+        "momentum": float(momentum),
+        "seed": int(seed),
+        "samples": T,
+        "cache": None if store is None else store.codec.name,
+        "engine": engine.name,
+    }
+    adapter = Adapter(m.name, int(rank), spec, base.hash, tensors, config)
+    done = time.perf_counter()
+    return FitResult(adapter, Seconds(filled - began, done - filled), steps, stats)
+
+
+def pretrain(
+    engine: Engine,
+    spec: NetSpec,
+    x: Floats,
+    y: NDArray[np.int32],
+    *,
+    epochs: int = 10,
+    batch_size: int = 20,
+    lr: float = 0.1,
+    momentum: float = 0.0,
+    seed: int = 0,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
+    progress: Progress | None = None,
+) -> tuple[Network, EpochStats]:
+    """Train a network from scratch: method ``ft-all`` from `Network.init`, batch norm in training mode.
+
+    Args:
+        engine: who does the arithmetic.
+        spec: the network's shape.
+        x: (T, N) float32; y: (T,) int32.
+        epochs, batch_size, lr, momentum, seed, progress: as in `fit`.
+        mean, std: the preprocessing that x has had; kept with the network.
+
+    Returns:
+        The network with its running statistics, and loss and accuracy by epoch.
+
+    Raises:
+        UsageError: an argument is out of range.
+        DivergedError: a loss or a trained value is not finite.
+    """
+    check_arguments(epochs=epochs, batch_size=batch_size, lr=lr, momentum=momentum, seed=seed)
+    m, T = row("ft-all"), len(x)
+    start = Network.init(spec, seed, mean, std)
+    trainer = engine.trainer(
+        spec,
+        start.tensors,
+        m,
+        1,
+        x,
+        y,
+        numbers=np.arange(T, dtype=np.int64),
+        store=None,
+        batch_size=batch_size,
+        lr=lr,
+        momentum=momentum,
+    )
+    stats = _epochs(trainer, T, epochs, batch_size, lr, _rng(seed, 0), progress)
+    trained = _finite(trainer.tensors(), epochs * math.ceil(T / batch_size), lr)
+    names = expected(m, spec, 1)
+    return Network(spec, {**start.tensors, **{k: trained[k] for k in names}}, mean, std), stats
+
+
+def _epochs(
+    trainer: Trainer,
+    T: int,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    rng: np.random.Generator,
+    progress: Progress | None,
+) -> EpochStats:
+    """Lines 3 and 4: all epochs, in as few calls as let progress be shown and Ctrl-C be heard."""
+    loss, correct = np.empty(epochs), np.empty(epochs, np.int64)
+    done = 0
+    count = max(1, FIRST_CALL_SAMPLES // T)
+    while done < epochs:
+        count = min(count, epochs - done, max(1, MAX_ORDER // T))
+        began = time.perf_counter()
+        stats = trainer.epochs(_orders(rng, count, T))
+        elapsed = time.perf_counter() - began
+        if stats.diverged_at is not None:
+            raise DivergedError(done * math.ceil(T / batch_size) + stats.diverged_at, lr)
+        loss[done : done + count], correct[done : done + count] = stats.loss, stats.correct
+        done += count
+        if progress is not None:
+            progress(done)
+        count = max(1, int(count * CALL_SECONDS / max(elapsed, 1e-6)))
+    return EpochStats(loss, correct)
+
+
+def _rng(seed: int, epochs_before: int) -> np.random.Generator:
+    return np.random.default_rng([seed, 1, epochs_before] if epochs_before else [seed, 1])
+
+
+def _orders(rng: np.random.Generator, count: int, T: int) -> NDArray[np.int32]:
+    """Line 5: (count, T) permutations of 0 … T-1, the same whether they are drawn together or one by one.
+
+    Random keys that carry the number in their low bits are sorted: about eight times as fast as shuffling, which
+    would take a fifth of a DNN's cached epoch. Keys have at least 20 random bits, so ties do not matter.
+    """
+    bits = max(1, (T - 1).bit_length())
+    key: type[np.uint32] | type[np.uint64] = np.uint32 if bits <= 12 else np.uint64
+    keys = rng.integers(0, np.iinfo(key).max, size=(count, T), dtype=key, endpoint=True)
+    low = key((1 << bits) - 1)
+    keys &= ~low
+    keys |= np.arange(T).astype(key)
+    keys.sort(axis=1)
+    keys &= low
+    return keys.astype(np.int32)
+
+
+def _finite(tensors: Tensors, steps: int, lr: float) -> dict[str, Floats]:
+    """The tensors, if the very last update was finite too; the losses cannot tell."""
+    if not all(np.isfinite(t).all() for t in tensors.values()):
+        raise DivergedError(steps, lr)
+    return dict(tensors)

@@ -1,0 +1,77 @@
+"""InstantFT's Table 1, cell by cell, and the shapes the counting rules must survive."""
+
+from __future__ import annotations
+
+import pytest
+
+from instantft.cost import cost, linear_macs, network_parameters
+from instantft.methods import METHODS, method
+from instantft.spec import dnn, lenet5
+
+MNIST, SVHN = lenet5((1, 28, 28)), lenet5((3, 32, 32))
+
+# parameters, forward MFLOPs, backward MFLOPs, memory kB, as printed
+TABLE_1 = [
+    (MNIST, "ft-all", 61_706, "0.851", "1.444", "567.8"),
+    (SVHN, "ft-all", 62_006, "1.321", "1.914", "579.4"),
+    (MNIST, "ft-last", 850, "0.851", "0.002", "285.8"),
+    (MNIST, "ft-bias", 236, "0.851", "0.611", "322.0"),
+    (MNIST, "lora-all", 36_328, "0.923", "0.743", "611.8"),
+    (MNIST, "lora-last", 376, "0.852", "0.001", "285.4"),
+    (MNIST, "skip2-lora", 10_456, "0.872", "0.036", "366.2"),
+    (SVHN, "ft-last", 850, "1.321", "0.002", "296.1"),
+    (SVHN, "ft-bias", 236, "1.321", "0.611", "332.3"),
+    (SVHN, "lora-all", 45_480, "1.412", "0.762", "695.4"),
+    (SVHN, "lora-last", 376, "1.322", "0.001", "295.8"),
+    (SVHN, "skip2-lora", 19_608, "1.360", "0.054", "449.8"),
+]
+
+
+@pytest.mark.parametrize(("spec", "name", "parameters", "forward", "backward", "memory"), TABLE_1)
+def test_table_1(spec, name, parameters, forward, backward, memory):
+    c = cost(spec, method(name), 4)
+    assert c.parameters == parameters
+    assert f"{c.forward / 1e6:.3f}" == forward
+    assert f"{c.backward_printed / 1e6:.3f}" == backward
+    assert f"{c.memory / 1e3:.1f}" == memory
+
+
+@pytest.mark.parametrize(
+    ("name", "forward", "backward"),
+    [
+        ("ft-all", 850_794, 1_443_906),
+        ("ft-last", 850_794, 1_690),
+        ("ft-bias", 850_794, 610_866),
+        ("lora-all", 923_450, 743_388),
+        ("lora-last", 851_546, 832),
+        ("skip2-lora", 871_706, 35_552 - 14_240),
+        ("skip-lora", 871_706, 35_552 - 14_240),
+    ],
+)
+def test_exact_counts(name, forward, backward):
+    c = cost(MNIST, method(name), 4)
+    assert (c.forward, c.backward) == (forward, backward)
+
+
+def test_cached_step_computes_adapters_only():
+    assert cost(MNIST, method("skip2-lora"), 4).forward_cached == 871_706 - 850_794
+    assert cost(MNIST, method("ft-last"), 4).forward_cached == 2 * 84 * 10 + 10
+    assert cost(MNIST, method("lora-all"), 4).forward_cached is None
+
+
+def test_network_totals():
+    assert network_parameters(MNIST) == 61_706
+    assert network_parameters(SVHN) == 62_006
+    assert sum(linear_macs(MNIST)) == 416_520
+
+
+def test_batch_norm_is_counted():
+    spec = dnn(256, 3)
+    plain = 2 * (256 * 96 + 96 * 96 + 96 * 3) + 195 + 192
+    assert cost(spec, method("skip-lora"), 4).forward == plain + 2 * 192 + 8 * (256 + 96 + 96) + 3 * 8 * 3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_cost_grows_with_rank(name):
+    one, two = (cost(MNIST, method(name), r) for r in (1, 2))
+    assert (two.parameters > one.parameters) == (METHODS[name].adapters != "none")
