@@ -1,0 +1,484 @@
+"""Time of every method against PyTorch eager, and the other figures that the README states: one thread, real data.
+
+    python -m benchmarks.speed --json build/speed.json        a few minutes
+    python -m benchmarks.speed --quick                        does it run?
+
+Everything is measured in turn (A B A B …, medians): instantft in this process, PyTorch in this process, and instantft
+once more for each narrower instruction set in a process of its own that waits for its turn, since INSTANTFT_ISA is
+read when the core is loaded.
+
+What is timed. *Whole*: data and base network in memory to adapter in memory; for instantft all of `sgd.fit`, for
+PyTorch the cache fill and the epochs, without building its modules. *Step*: whole epochs with everything built and the
+cache filled, divided by the number of steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.common import (
+    ROOT,
+    adapter_flops,
+    interleaved,
+    load,
+    machine,
+    network_flops,
+    orders,
+    run_flops,
+    save_json,
+    table,
+    timed,
+)
+from instantft.adapters import initial
+from instantft.backbones.builtin import Network
+from instantft.cache.codecs import codec
+from instantft.cache.store import memory_store
+from instantft.data.drift import rotate
+from instantft.engine import Engine, get_engine
+from instantft.methods import METHODS, Method
+from instantft.solvers import sgd
+from instantft.spec import dnn, lenet5
+
+Floats = NDArray[np.float32]
+Jobs = dict[str, Callable[[], float]]
+
+BATCH = 20
+RANK = 4
+NARROWER = ("x86-64-v3", "x86-64-v2", "scalar")
+"""Instruction sets measured beside the machine's widest, where the core has them."""
+FOUR_BIT = ("nf4", "relu4")
+PEAK_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Work:
+    """A base network and the samples it is adapted to."""
+
+    name: str
+    base: Network
+    x: Floats
+    y: NDArray[np.int32]
+    lr: float
+    E: int
+    """Epochs of a whole run against PyTorch, and of a timed run of steps."""
+    E_own: int
+    """Epochs of Skip2-LoRA against our own LoRA-All."""
+    E_cached: int
+    """Epochs of a timed run of cached steps."""
+
+    def steps(self, E: int) -> int:
+        return E * -(-len(self.x) // BATCH)
+
+
+def _images(name: str, degrees: float, T: int, seed: int) -> tuple[Floats, NDArray[np.int32]]:
+    data = load(name)
+    rows = np.random.default_rng(seed).choice(len(data["test_x"]), T, replace=False)
+    x = rotate(data["test_x"][rows].astype(np.float32) / 255, degrees)
+    return np.ascontiguousarray(x.reshape(T, -1), dtype=np.float32), data["test_y"][rows].astype(np.int32)
+
+
+def works(engine: Engine, quick: bool) -> list[Work]:
+    """LeNet-5 on Fashion-MNIST turned by 75°, and the DNN on the fan; a little pre-training will do for times."""
+    few = 200 if quick else 6000
+    fashion, fan = load("fashion_mnist.npz"), load("fan_damage1.npz")
+    x = fashion["train_x"][:few].reshape(few, -1).astype(np.float32) / 255
+    cnn, _ = sgd.pretrain(
+        engine, lenet5((1, 28, 28)), x, fashion["train_y"][:few].astype(np.int32),
+        epochs=1, batch_size=BATCH, lr=0.1, momentum=0.0, seed=0,
+    )  # fmt: skip
+    mlp, _ = sgd.pretrain(
+        engine, dnn(256, 3), fan["pretrain_x"], fan["pretrain_y"].astype(np.int32),
+        epochs=1 if quick else 20, batch_size=BATCH, lr=0.02, momentum=0.0, seed=0,
+    )  # fmt: skip
+    xf, yf = _images("fashion_mnist.npz", 75, 100 if quick else 1024, 0)
+    fan_x = np.ascontiguousarray(fan["finetune_x"], np.float32)
+    fan_y = fan["finetune_y"].astype(np.int32)
+    E, E_own, E_cached = ((2, 2), (2, 3), (2, 4)) if quick else ((10, 20), (10, 300), (10, 200))
+    return [
+        Work("lenet5", cnn, xf, yf, 0.1, E[0], E_own[0], E_cached[0]),
+        Work("dnn", mlp, fan_x, fan_y, 0.02, E[1], E_own[1], E_cached[1]),
+    ]
+
+
+# instantft's side
+
+
+def native_jobs(engine: Engine, all_works: list[Work]) -> Jobs:
+    """What instantft is timed at, by name; each job returns its seconds ("peak": GFLOP/s)."""
+    jobs: Jobs = {}
+    for w in all_works:
+        for m in METHODS.values():
+            if w.name == "lenet5":
+                jobs[f"lenet5 whole {m.name}"] = partial(_fit, engine, w, m, w.E)
+            jobs[f"{w.name} step {m.name}"] = partial(_epochs, engine, w, m)
+        jobs[f"{w.name} own lora-all"] = partial(_fit, engine, w, METHODS["lora-all"], w.E_own)
+        jobs[f"{w.name} own skip2-lora"] = partial(_fit, engine, w, METHODS["skip2-lora"], w.E_own)
+    for name in ("fp32", *FOUR_BIT):
+        w = all_works[0]
+        jobs[f"lenet5 codec {name}"] = partial(_fit, engine, w, METHODS["skip2-lora"], w.E, name)
+    if engine.name == "native":
+        from instantft import _core
+
+        jobs["peak"] = partial(_core.fma_peak, PEAK_SECONDS)
+    return jobs
+
+
+def _fit(engine: Engine, w: Work, m: Method, E: int, codec_name: str = "fp32") -> float:
+    """Seconds from data and base network in memory to adapter in memory, making and filling the cache included."""
+    start = time.perf_counter()
+    store = memory_store(codec_name, w.base.spec.record, len(w.x)) if m.cached else None
+    sgd.fit(engine, w.base, m, w.x, w.y, rank=RANK, epochs=E, batch_size=BATCH, lr=w.lr, seed=0, store=store)
+    return time.perf_counter() - start
+
+
+def _epochs(engine: Engine, w: Work, m: Method) -> float:
+    """Seconds a step, everything built and the cache filled."""
+    spec, T = w.base.spec, len(w.x)
+    numbers = np.arange(T, dtype=np.int64)
+    store = memory_store("fp32", spec.record, T) if m.cached else None
+    if store is not None:
+        engine.fill(spec, w.base.tensors, w.x, numbers, store)
+    start = {**w.base.tensors, **initial(m, spec, RANK, 0)}
+    trainer = engine.trainer(spec, start, m, RANK, w.x, w.y, numbers=numbers, store=store, batch_size=BATCH, lr=w.lr)
+    E = w.E_cached if m.cached else w.E
+    order = orders(T, E, 1)
+    begin = time.perf_counter()
+    stats = trainer.epochs(order)
+    seconds = time.perf_counter() - begin
+    if stats.diverged_at is not None:
+        raise SystemExit(f"a timed run must not diverge, but {m.name} did at step {stats.diverged_at}")
+    return seconds / w.steps(E)
+
+
+# PyTorch's side
+
+
+def torch_jobs(all_works: list[Work]) -> Jobs:
+    """The same work in PyTorch, by the same names."""
+    jobs: Jobs = {}
+    for w in all_works:
+        for m in METHODS.values():
+            if w.name == "lenet5":
+                jobs[f"lenet5 whole {m.name}"] = partial(_torch_fit, w, m)
+            jobs[f"{w.name} step {m.name}"] = partial(_torch_epochs, w, m)
+    return jobs
+
+
+def _rival(w: Work, m: Method) -> Any:
+    from benchmarks.rivals import Rival
+
+    start = {**w.base.tensors, **initial(m, w.base.spec, RANK, 0)}
+    return Rival(w.base.spec, start, m, w.x, w.y, lr=w.lr, batch_size=BATCH)
+
+
+def _torch_fit(w: Work, m: Method) -> float:
+    rival = _rival(w, m)
+    order = orders(len(w.x), w.E, 1)
+    return timed(lambda: rival.epochs(order))
+
+
+def _torch_epochs(w: Work, m: Method) -> float:
+    rival = _rival(w, m)
+    if rival.cached:
+        rival.fill()
+    order = orders(len(w.x), w.E, 1)
+    return timed(lambda: rival.epochs(order)) / w.steps(w.E)
+
+
+# Narrower instruction sets, each in its own process
+
+
+class Worker:
+    """instantft forced to one instruction set; runs a job when asked and sleeps otherwise."""
+
+    def __init__(self, isa: str, quick: bool) -> None:
+        command = [sys.executable, "-m", "benchmarks.speed", "--worker", *(["--quick"] if quick else [])]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, "INSTANTFT_ISA": isa}, text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
+        self.isa = self.ask("isa")
+
+    def ask(self, question: str) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(question + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"the process forced to INSTANTFT_ISA ended with status {self.process.wait()}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(quick: bool) -> None:
+    """Answer a `Worker`: a job's name a line in, its seconds out."""
+    from instantft import _core
+
+    engine = get_engine("native")
+    jobs = native_jobs(engine, works(engine, quick))
+    for line in sys.stdin:
+        name = line.strip()
+        print(json.dumps(_core.isa() if name == "isa" else jobs[name]()), flush=True)
+
+
+# Import time
+
+
+def import_times(repeats: int) -> dict[str, float]:
+    """Median seconds of `import instantft`, and of `import numpy` alone, less those of a bare interpreter."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+    def job(code: str) -> Callable[[], float]:
+        return partial(timed, partial(subprocess.run, [sys.executable, "-c", code], check=True, env=env, cwd=ROOT))
+
+    seen = interleaved(
+        {"bare": job("pass"), "numpy": job("import numpy"), "instantft": job("import instantft")}, repeats
+    )
+    bare = statistics.median(seen["bare"])
+    return {name: statistics.median(seen[name]) - bare for name in ("numpy", "instantft")}
+
+
+def heavy_imports() -> list[str]:
+    """Which of the packages that `import instantft` must not bring along it does bring along."""
+    code = "import sys, instantft; print(*[m for m in ('torch', 'onnx', 'matplotlib', 'scipy') if m in sys.modules])"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    run = subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=ROOT, capture_output=True, text=True)
+    return run.stdout.split()
+
+
+# What it must show
+
+
+@dataclass(frozen=True)
+class Check:
+    """A figure and what it must be."""
+
+    what: str
+    target: float
+    measured: float
+    at_most: bool = False
+    aim: float | None = None
+    unit: str = "×"
+    required: bool = True
+
+    @property
+    def passed(self) -> bool:
+        return self.measured <= self.target if self.at_most else self.measured >= self.target
+
+    def show(self, value: float) -> str:
+        return f"{value:.3g}{self.unit}" if value < 100 else f"{value:.0f}{self.unit}"
+
+
+def checks(ours: Mapping[str, float], torch: Mapping[str, float], all_works: list[Work]) -> list[Check]:
+    """Section by section, what is asked for, from the medians of one instruction set and PyTorch's."""
+    found: list[Check] = []
+    lenet, fan = all_works
+    LENET, DNN = f"LeNet-5, {len(lenet.x)} samples, E={lenet.E}", "DNN, fan"
+
+    def against(what: str, key: str, target: float, rival: str | None = None, aim: float | None = None) -> None:
+        if torch:
+            found.append(Check(what, target, torch[rival or key] / ours[key], aim=aim))
+
+    whole = "lenet5 whole "
+    against(f"{LENET}: Skip2-LoRA against PyTorch's Skip2-LoRA", whole + "skip2-lora", 15, aim=20)
+    against(f"{LENET}: Skip2-LoRA against PyTorch's LoRA-All", whole + "skip2-lora", 50, whole + "lora-all", 70)
+    step = "dnn step "
+    against(f"{DNN}: cached step against PyTorch's same step", step + "skip2-lora", 100)
+    against(f"{DNN}: cached step against PyTorch's LoRA-All step", step + "skip2-lora", 200, step + "lora-all")
+    for names, target in (
+        (("ft-last", "lora-last", "skip-lora"), 4.0),
+        (("ft-all", "ft-bias", "lora-all", "ft-all-lora"), 1.5),
+    ):
+        for name in names:
+            against(f"{LENET}: {METHODS[name].title} against PyTorch", whole + name, target)
+            against(f"{DNN}: {METHODS[name].title} step against PyTorch", step + name, target)
+    for w, label in ((lenet, LENET), (fan, f"{DNN}, E={fan.E_own}")):
+        operations = [run_flops(w.base.spec, METHODS[n], len(w.x), w.E_own) for n in ("lora-all", "skip2-lora")]
+        ratio = ours[f"{w.name} own lora-all"] / ours[f"{w.name} own skip2-lora"]
+        what = f"{label}: Skip2-LoRA against our LoRA-All (operations {operations[0] / operations[1]:.1f}×)"
+        found.append(Check(what, 0.8 * operations[0] / operations[1], ratio))
+    for name in FOUR_BIT:
+        slower = ours[f"lenet5 codec {name}"] / ours["lenet5 codec fp32"]
+        found.append(Check(f"{LENET}: {name} cache against fp32, time", 1.10, slower, at_most=True))
+        size = codec(name).bytes_per_sample(lenet.base.spec.record)
+        found.append(Check(f"LeNet-5: {name} cache, bytes a sample", 995, size, at_most=True, unit=" B"))
+    if "peak" in ours:
+        for what, name, aim in (
+            ("ten cached epochs", "skip2-lora", 0.5),
+            *((METHODS[n].title, n, 0.4) for n in ("ft-all", "ft-bias", "lora-all", "ft-all-lora")),
+        ):
+            fraction = rate(ours, lenet, METHODS[name]) / ours["peak"]
+            found.append(Check(f"LeNet-5: {what}, fraction of FMA peak", aim, fraction, unit="", required=False))
+    return found
+
+
+def rate(ours: Mapping[str, float], w: Work, m: Method) -> float:
+    """GFLOP/s of a step, from the operations of the cost model."""
+    operations = sum(adapter_flops(w.base.spec, m, RANK))
+    if not m.cached:
+        operations += sum(network_flops(w.base.spec, m))
+    return operations * len(w.x) * w.E / w.steps(w.E) / ours[f"{w.name} step {m.name}"] / 1e9
+
+
+Medians = Mapping[str, Mapping[str, float]]
+"""Side (an instruction set, or "torch") to job to median seconds."""
+
+
+def report(medians: Medians, imports: Mapping[str, float], all_works: list[Work]) -> str:
+    """Markdown: the figures asked for, then the times behind them."""
+    sides = [name for name in medians if name != "torch"]
+    parts = [_figures(medians, imports, all_works, sides)]
+    if "peak" in medians[sides[0]]:
+        peaks = ", ".join(f"{s} {medians[s]['peak']:.1f}" for s in sides)
+        parts.append(f"Measured fp32 FMA peak, GFLOP/s: {peaks}.")
+    lenet, fan = all_works
+    parts.append(_times(f"LeNet-5, whole, E={lenet.E}, ms", medians, lenet, "whole", 1e3))
+    parts.append(_times("LeNet-5, a step of 20 samples, µs", medians, lenet, "step", 1e6))
+    parts.append(_times("DNN, fan, a step of 20 samples, µs", medians, fan, "step", 1e6))
+
+    def milliseconds(key: str) -> list[str]:
+        return [f"{medians[s][key] * 1e3:.2f}" for s in sides]
+
+    own = [
+        [f"{w.name}, {METHODS[n].title}, E={w.E_own}", *milliseconds(f"{w.name} own {n}")]
+        for w in all_works
+        for n in ("lora-all", "skip2-lora")
+    ]
+    caches = [[f"lenet5, Skip2-LoRA, {n} cache", *milliseconds(f"lenet5 codec {n}")] for n in ("fp32", *FOUR_BIT)]
+    parts.append(table(["whole run, ms", *sides], own + caches))
+    return "\n\n".join(parts)
+
+
+def _figures(medians: Medians, imports: Mapping[str, float], all_works: list[Work], sides: list[str]) -> str:
+    columns = [checks(medians[s], medians.get("torch", {}), all_works) for s in sides]
+    rows: list[list[object]] = []
+    for same in zip(*columns, strict=True):
+        c = same[0]
+        target = f"{'≤' if c.at_most else '≥' if c.required else 'aim ≥'} {c.show(c.target)}"
+        if c.aim:
+            target += f", aim {c.show(c.aim)}"
+        rows.append([c.what, target, *(each.show(each.measured) for each in same), "yes" if c.passed else "no"])
+    heavy = heavy_imports()
+    seconds = imports["instantft"]
+    rows.append(
+        [
+            f"`import instantft` after a bare interpreter (numpy alone {imports['numpy']:.3f} s)",
+            "≤ 0.2 s",
+            f"{seconds:.3f} s",
+            *[""] * (len(sides) - 1),
+            "yes" if seconds <= 0.2 and not heavy else f"no, imports {' '.join(heavy)}" if heavy else "no",
+        ]
+    )
+    return table(["one thread", "target", *sides, f"met ({sides[0]})"], rows)
+
+
+def _times(title: str, medians: Medians, w: Work, kind: str, scale: float) -> str:
+    sides = [name for name in medians if name != "torch"]
+    with_torch = "torch" in medians
+    rows: list[list[object]] = []
+    for m in METHODS.values():
+        key = f"{w.name} {kind} {m.name}"
+        row: list[object] = [m.title]
+        if with_torch:
+            row.append(f"{medians['torch'][key] * scale:.0f}")
+        row += [f"{medians[s][key] * scale:.2f}" for s in sides]
+        if with_torch:
+            row.append(f"{medians['torch'][key] / medians[sides[0]][key]:.1f}×")
+        if kind == "step":
+            row.append(f"{rate(medians[sides[0]], w, m):.1f}")
+        rows.append(row)
+    head = [title, *(["PyTorch"] if with_torch else []), *sides]
+    head += [f"PyTorch / {sides[0]}"] if with_torch else []
+    return table([*head, *([f"GFLOP/s, {sides[0]}"] if kind == "step" else [])], rows)
+
+
+@cache
+def _isas() -> tuple[str, tuple[str, ...]]:
+    """The instruction set in use, and all that this machine and this build have."""
+    from instantft import _core
+
+    return _core.isa(), tuple(_core.isas())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="tiny runs: does it work?")
+    parser.add_argument("--engine", choices=("native", "reference"), default="native")
+    parser.add_argument("--no-torch", action="store_true", help="instantft only")
+    parser.add_argument("--no-isas", action="store_true", help="only the widest instruction set")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        serve(args.quick)
+        return
+    repeats = 1 if args.quick else args.repeats
+    engine = get_engine(args.engine)
+    all_works = works(engine, args.quick)
+    isa, available = _isas() if args.engine == "native" else ("reference", ())
+    jobs: dict[tuple[str, str], Callable[[], float]] = {}
+    workers: list[Worker] = []
+    ours = native_jobs(engine, all_works)
+    if not args.no_isas and "INSTANTFT_ISA" not in os.environ:
+        workers = [Worker(name, args.quick) for name in NARROWER if name in available and name != isa]
+    rivals: Jobs = {}
+    if not args.no_torch:
+        from benchmarks.rivals import single_thread
+
+        single_thread()
+        rivals = torch_jobs(all_works)
+    for name, job in ours.items():
+        jobs[isa, name] = job
+        for worker in workers:
+            jobs[worker.isa, name] = partial(worker.ask, name)
+        if name in rivals:
+            jobs["torch", name] = rivals[name]
+    try:
+        seen = interleaved({f"{side}: {name}": job for (side, name), job in jobs.items()}, repeats, warm=not args.quick)
+    finally:
+        for worker in workers:
+            worker.close()
+    medians: dict[str, dict[str, float]] = {}
+    for side, name in jobs:
+        medians.setdefault(side, {})[name] = statistics.median(seen[f"{side}: {name}"])
+    imports = import_times(3 if args.quick else 9)
+    print(report(medians, imports, all_works))
+    save_json(
+        args.json,
+        {
+            "machine": machine(),
+            "repeats": repeats,
+            "medians": medians,
+            "all": seen,
+            "import": imports,
+            "checks": {
+                side: [{**vars(c), "passed": c.passed} for c in checks(values, medians.get("torch", {}), all_works)]
+                for side, values in medians.items()
+                if side != "torch"
+            },
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The PyTorch rivals do the same work as the package: same logits, same steps, for every method and both networks.
+
+A comparison of times means nothing otherwise.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from instantft.cache.store import Store, memory_store
+from instantft.engine import Engine
+from instantft.methods import METHODS, trainable
+
+from .nets import NETS, samples_for, tensors_for
+
+pytest.importorskip("torch", reason="PyTorch is an extra: pip install 'instantft[torch]'")
+
+from benchmarks.common import adapter_flops, network_flops, orders, run_flops
+from benchmarks.rivals import Rival
+
+Floats = NDArray[np.float32]
+
+FORWARD = 1e-5
+"""Largest difference of logits, relative to the largest logit: float32 sums of up to 1,000 products in another order
+differ by about √1000·2^-24 = 2e-6."""
+
+STEPS = 5e-5
+"""Largest difference of a trained tensor after 8 steps, relative to its largest change: gradients are float32 sums in
+another order (FORWARD of them at every step), and a step feeds its rounding into the next."""
+
+ROUNDING = 8 * 2.0**-24
+"""And relative to its largest value, which is rounded once a step."""
+
+RANK, BATCH, T, E = 3, 5, 18, 2  # the last batch of an epoch is smaller: 4 steps an epoch
+
+
+@pytest.mark.parametrize("net", ["dnn", "lenet5", "odd"])
+@pytest.mark.parametrize("name", METHODS)
+def test_rival_does_the_same_work(name: str, net: str, engine: Engine) -> None:
+    method, spec = METHODS[name], NETS[net]
+    start, (x, y) = tensors_for(spec, method, RANK), samples_for(spec, T)
+    lr, momentum = 0.01, 0.5
+    rival = Rival(spec, start, method, x, y, lr=lr, momentum=momentum, batch_size=BATCH)
+
+    _same_logits(rival.forward(x), engine.forward(spec, start, x))
+
+    store: Store | None = memory_store("fp32", spec.record, T) if method.cached else None
+    trainer = engine.trainer(
+        spec, start, method, RANK, x, y,
+        numbers=np.arange(T, dtype=np.int64), store=store, batch_size=BATCH, lr=lr, momentum=momentum,
+    )  # fmt: skip
+    order = orders(T, E, 5)
+    trainer.epochs(order)
+    rival.epochs(order)
+    ours, theirs = trainer.tensors(), rival.tensors()
+
+    assert set(ours) == set(theirs)
+    assert set(trainable(method, spec, RANK)) <= set(ours)
+    for key, value in ours.items():
+        change = float(np.abs(value - start[key]).max())
+        if method.norms == "train" and key.endswith(".bias") and key.replace("bias", "bn.bias") in start:
+            assert change <= 1e-6, f"{key}: batch statistics cancel it, so only rounding may move it"
+            continue
+        assert change > 1e-5, f"{key} was not trained"
+        _same_steps(key, value, theirs[key], start[key])
+    _same_logits(rival.forward(x), engine.forward(spec, {**start, **ours}, x), 10 * FORWARD)
+
+
+def _same_steps(key: str, a: Floats, b: Floats, start: Floats) -> None:
+    tolerance = STEPS * float(np.abs(a - start).max()) + ROUNDING * float(np.abs(a).max())
+    assert float(np.abs(a - b).max()) <= tolerance, key
+
+
+def _same_logits(a: Floats, b: Floats, tolerance: float = FORWARD) -> None:
+    assert a.shape == b.shape
+    assert float(np.abs(a - b).max()) <= tolerance * float(np.abs(b).max())
+
+
+@pytest.mark.parametrize("name", ["ft-last", "lora-last", "skip-lora"])
+def test_rival_with_and_without_cache_agree(name: str) -> None:
+    """What is cached is what would be computed; convolutions over other batches may round otherwise."""
+    method, spec = METHODS[name], NETS["lenet5"]
+    start, (x, y) = tensors_for(spec, method, RANK), samples_for(spec, T)
+    results = []
+    for cached in (False, True):
+        rival = Rival(spec, start, method, x, y, lr=0.02, batch_size=BATCH, cached=cached)
+        rival.epochs(orders(T, E, 5))
+        results.append(rival.tensors())
+    for key, value in results[0].items():
+        _same_steps(key, value, results[1][key], start[key])
+
+
+def test_rival_refuses_to_cache_what_changes() -> None:
+    spec, method = NETS["dnn"], METHODS["lora-all"]
+    x, y = samples_for(spec, T)
+    with pytest.raises(ValueError, match="cached must be False for lora-all"):
+        Rival(spec, tensors_for(spec, method, RANK), method, x, y, lr=0.02, cached=True)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rival_trains_exactly_what_the_method_trains(name: str) -> None:
+    """Autograd is asked for no gradient that the method does not need."""
+    spec, method = NETS["dnn"], METHODS[name]
+    x, y = samples_for(spec, T)
+    rival = Rival(spec, tensors_for(spec, method, RANK), method, x, y, lr=0.02)
+    trained = sum(p.numel() for group in rival.optimizer.param_groups for p in group["params"])
+    assert trained == sum(int(np.prod(shape)) for shape in trainable(method, spec, RANK).values())
+    in_backbone = sum(p.numel() for p in rival.backbone.parameters() if p.requires_grad)
+    in_adapters = sum(p.numel() for p in [*rival.A.values(), *rival.B.values()])
+    assert trained == in_backbone + in_adapters
+
+
+@pytest.mark.parametrize(
+    ("name", "forward", "backward"),
+    [
+        ("ft-all", 850_794, 1_443_906),
+        ("ft-last", 850_794, 1_690),
+        ("ft-bias", 850_794, 610_866),
+        ("lora-all", 923_450, 743_388),
+        ("lora-last", 851_546, 832),
+        ("skip-lora", 871_706, 21_312),
+    ],
+)
+def test_operations_are_those_of_the_paper(name: str, forward: int, backward: int) -> None:
+    """InstantFT's Table 1 (for Skip-LoRA without the 14,240 that nothing needs)."""
+    spec, method = NETS["lenet5"], METHODS[name]
+    network, adapter = network_flops(spec, method), adapter_flops(spec, method, 4)
+    assert (network[0] + adapter[0], network[1] + adapter[1]) == (forward, backward)
+
+
+def test_ratio_of_operations() -> None:
+    ratio = run_flops(NETS["lenet5"], METHODS["lora-all"], 1024, 10) / run_flops(
+        NETS["lenet5"], METHODS["skip2-lora"], 1024, 10
+    )
+    assert round(ratio, 1) == 13.1
