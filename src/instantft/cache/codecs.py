@@ -226,12 +226,12 @@ class Codec:
         for part in plan.parts:
             values = np.zeros((T, part.stored), np.float32)
             values[:, : part.size] = rows[:, part.columns]
-            v: Floats = values.reshape(T, part.groups, -1)
+            v: Floats = values.reshape(T, part.groups, part.stored // part.groups)
             scale, inv, empty = self._scales(v, part.grid)
             codes = part.grid.codes(v * inv[:, :, None])
             codes[empty] = part.grid.zero
             out[:, part.scales : part.scales + part.groups * scale_bytes] = _SCALES[self.scale].write(scale)
-            out[:, part.codes : part.codes + part.code_bytes] = self._pack(codes.reshape(T, -1))
+            out[:, part.codes : part.codes + part.code_bytes] = self._pack(codes.reshape(T, part.stored))
         half = np.ascontiguousarray(np.clip(rows[:, plan.halves], -HALF_MAX, HALF_MAX), "<f2")
         out[:, plan.halves_at : plan.nbytes] = half.view(np.uint8)
         return out
@@ -261,8 +261,8 @@ class Codec:
         for part in plan.parts:
             scale = _SCALES[self.scale].read(data[:, part.scales : part.scales + part.groups * scale_bytes])
             codes = self._unpack(data[:, part.codes : part.codes + part.code_bytes], part.stored)
-            v = part.grid.levels(codes).reshape(T, part.groups, -1) * scale[:, :, None]
-            rows[:, part.columns] = v.reshape(T, -1)[:, : part.size]
+            v = part.grid.levels(codes).reshape(T, part.groups, part.stored // part.groups) * scale[:, :, None]
+            rows[:, part.columns] = v.reshape(T, part.stored)[:, : part.size]
         half = np.ascontiguousarray(data[:, plan.halves_at : plan.nbytes]).view("<f2")
         rows[:, plan.halves] = half.astype(np.float32)
         return rows

@@ -3,7 +3,7 @@
 Letters: B batch · k layer, from 0 · N, M width of a layer's input and linear output · R rank · C outputs · x^k input of
 layer k · y logits · gX gradient of the loss with respect to X. Equation numbers are those of Skip2-LoRA. Convolutions
 are the same equations on image patches (im2col). Functions compute in the type of their arguments; the engine hands
-them float32. Nothing here is fast, and nothing depends on how batches are cut except for rounding.
+them float32. Nothing here is fast.
 """
 
 from __future__ import annotations
@@ -46,12 +46,16 @@ class ReferenceEngine:
         return out
 
     def records(self, spec: NetSpec, tensors: Tensors, x: Floats, threads: int = 1) -> Floats:
-        """Record rows (T, spec.record.width) of the frozen network; see `Engine.records`."""
+        """Record rows (T, spec.record.width) of the frozen network; see `Engine.records`.
+
+        One sample at a time: a matrix product may round differently in a batch of another size, and a record must not
+        depend on which samples it was computed with.
+        """
         out = np.zeros((len(x), spec.record.width), np.float32)
-        for rows in _chunks(len(x)):
-            run = _forward(spec, tensors, [], _float32(x[rows]))
+        for row in range(len(x)):
+            run = _forward(spec, tensors, [], _float32(x[row : row + 1]))
             for s, value in zip(spec.record.segments, [*run.x[1:], run.c], strict=True):
-                out[rows, s.offset : s.offset + s.size] = value
+                out[row, s.offset : s.offset + s.size] = value[0]
         return out
 
     def fill(
@@ -122,6 +126,8 @@ class ReferenceTrainer:
         self._lr = np.float32(lr)
         self._momentum = np.float32(momentum)
         self._tensors: dict[str, Array] = {name: np.array(value, np.float32) for name, value in tensors.items()}
+        self._frozen = {name: self._tensors[name].copy() for name in spec.parameters if name in self._tensors}
+        """What records are computed with: c too is that of the start, even where FT-Last moves on from it."""
         self._trained = trainable(method, spec, rank)
         for name, shape in {**spec.parameters, **self._trained}.items():
             if name not in tensors or np.shape(tensors[name]) != shape:
@@ -164,9 +170,12 @@ class ReferenceTrainer:
     def _forward(self, rows: NDArray[np.int32]) -> _Run:
         """Algorithm 1, lines 5 to 8: the batch `rows`, its frozen part from the cache, and the adapters."""
         pairs = connections(self._method, self._spec.L)
-        if self._store is None:
+        if not self._method.cacheable:
             return _forward(self._spec, self._tensors, pairs, self._x[rows], self._method.norms == "train")
-        record = self._cached(rows, self._store)
+        if self._store is None:
+            record = self._engine.records(self._spec, self._frozen, self._x[rows])
+        else:
+            record = self._cached(rows, self._store)
         taps = [self._x[rows]]
         taps += [record[:, s.offset : s.offset + s.size] for s in self._spec.record.segments]
         c = taps.pop()
@@ -185,7 +194,7 @@ class ReferenceTrainer:
         record[held] = store.read(numbers[held])
         store.hits += int(held.sum())
         if not held.all():
-            fresh = self._engine.records(self._spec, self._tensors, self._x[rows[~held]])
+            fresh = self._engine.records(self._spec, self._frozen, self._x[rows[~held]])
             record[~held] = store.codec.decode(store.codec.encode(fresh, store.record), store.record)
             store.write(numbers[~held], fresh)
             store.misses += len(fresh)
