@@ -1,6 +1,6 @@
 """What the measurements share: data, starts, operations, medians of interleaved runs, tables.
 
-T samples, N inputs, M outputs of a layer, R rank, E epochs.
+T samples, R rank, E epochs.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from instantft.methods import Method, adapter_types, connections, layer_types
+from instantft.cost import cost
+from instantft.methods import METHODS, Method
 from instantft.solvers import sgd
 from instantft.spec import NetSpec
 
 __all__ = [
     "ROOT",
-    "adapter_flops",
     "announce",
     "data_file",
     "interleaved",
     "load",
     "machine",
-    "network_flops",
     "orders",
     "run_flops",
     "save_json",
+    "scaled",
     "spread",
+    "step_flops",
     "table",
     "timed",
 ]
@@ -63,54 +64,30 @@ def load(name: str) -> dict[str, NDArray[Any]]:
         return {key: z[key] for key in z.files}
 
 
+def scaled(images: NDArray[Any]) -> Floats:
+    """Pixels 0 … 255 as float32 in 0 … 1, as the package scales them."""
+    return np.asarray(images.astype(np.float32) / np.float32(255), np.float32)
+
+
 def orders(T: int, E: int, seed: int) -> NDArray[np.int32]:
     """(E, T): the orders in which `sgd.fit` visits the samples, so that both sides make the same steps."""
     return sgd._orders(sgd._rng(seed, 0), E, T)
 
 
-# Operations a sample, as InstantFT's Table 1 counts them: 2 a multiply-add, 1 a bias, 1 a ReLU, 3 a 2×2 pool; the
-# gradients of what is trained and of what they pass through, and no others. Batch norm, which that table does not have:
-# 2 by running statistics and 1 for its gradient, 7 and 8 by batch statistics.
+def step_flops(spec: NetSpec, method: Method, rank: int = 4, *, cached: bool | None = None) -> int:
+    """Operations a sample of a step of training, the cache filled."""
+    c = cost(spec, method, rank)
+    if method.cached if cached is None else cached:
+        assert c.forward_cached is not None
+        return c.forward_cached + c.backward
+    return c.forward + c.backward
 
 
-def network_flops(spec: NetSpec, method: Method | None = None) -> tuple[int, int]:
-    """Forward and backward operations a sample of the network alone; without a method, forward only."""
-    types = layer_types(method, spec.L) if method else ["FC_y"] * spec.L
-    batch_statistics = method is not None and method.norms == "train"
-    forward = backward = 0
-    for k, (layer, g, kind) in enumerate(zip(spec.layers, spec.geometry, types, strict=True)):
-        taps_a_output = g.N if layer.kind == "fc" else g.in_shape[0] * layer.kernel[0] * layer.kernel[1]
-        macs = taps_a_output * g.M
-        letters = kind[4:]
-        forward += 2 * macs + g.M + g.M * layer.relu
-        forward += (layer.pool**2 - 1) * g.n_out if layer.pool > 1 else 0
-        forward += (7 if batch_statistics else 2) * g.M * layer.batch_norm
-        backward += 2 * macs * ("w" in letters) + g.M * ("b" in letters) + 2 * macs * ("x" in letters)
-        passes = any("x" in t for t in types[k + 1 :])  # a gradient arrives at this layer's output
-        if passes:
-            backward += g.M * layer.relu + (8 if batch_statistics else 1) * g.M * layer.batch_norm
-    return forward, backward
-
-
-def adapter_flops(spec: NetSpec, method: Method, rank: int) -> tuple[int, int]:
-    """Forward and backward operations a sample of the adapters."""
-    forward = backward = 0
-    for (i, j), kind in zip(connections(method, spec.L), adapter_types(method, spec.L), strict=True):
-        N, M = spec.geometry[i].N, spec.geometry[j - 1].M
-        forward += 2 * rank * (N + M)
-        backward += 2 * rank * (2 * M + N + N * kind.endswith("x"))
-    return forward, backward
-
-
-def run_flops(spec: NetSpec, method: Method, T: int, E: int, rank: int = 4, *, cached: bool | None = None) -> float:
-    """Operations of a whole fine-tuning of T samples over E epochs, the cache fill included."""
+def run_flops(spec: NetSpec, method: Method, T: int, E: int, rank: int = 4, *, cached: bool | None = None) -> int:
+    """Operations of a whole fine-tuning of T samples over E epochs, filling the cache included."""
     cached = method.cached if cached is None else cached
-    forward, backward = network_flops(spec, method)
-    adapter = sum(adapter_flops(spec, method, rank))
-    if not cached:
-        return float(T) * E * (forward + backward + adapter)
-    last = 2 * spec.geometry[-1].N * spec.C + spec.C if method.weights == "last" else 0
-    return float(T) * (forward + E * (backward + adapter + last))
+    fill = cost(spec, METHODS["ft-last"], rank).forward if cached else 0
+    return T * (fill + E * step_flops(spec, method, rank, cached=cached))
 
 
 def interleaved(jobs: Mapping[str, Callable[[], float]], repeats: int, *, warm: bool = True) -> dict[str, list[float]]:

@@ -32,14 +32,14 @@ from numpy.typing import NDArray
 
 from benchmarks.common import (
     ROOT,
-    adapter_flops,
     interleaved,
     load,
     machine,
-    network_flops,
     orders,
     run_flops,
     save_json,
+    scaled,
+    step_flops,
     table,
     timed,
 )
@@ -87,7 +87,7 @@ class Work:
 def _images(name: str, degrees: float, T: int, seed: int) -> tuple[Floats, NDArray[np.int32]]:
     data = load(name)
     rows = np.random.default_rng(seed).choice(len(data["test_x"]), T, replace=False)
-    x = rotate(data["test_x"][rows].astype(np.float32) / 255, degrees)
+    x = rotate(scaled(data["test_x"][rows]), degrees)
     return np.ascontiguousarray(x.reshape(T, -1), dtype=np.float32), data["test_y"][rows].astype(np.int32)
 
 
@@ -95,7 +95,7 @@ def works(engine: Engine, quick: bool) -> list[Work]:
     """LeNet-5 on Fashion-MNIST turned by 75°, and the DNN on the fan; a little pre-training will do for times."""
     few = 200 if quick else 6000
     fashion, fan = load("fashion_mnist.npz"), load("fan_damage1.npz")
-    x = fashion["train_x"][:few].reshape(few, -1).astype(np.float32) / 255
+    x = scaled(fashion["train_x"][:few].reshape(few, -1))
     cnn, _ = sgd.pretrain(
         engine, lenet5((1, 28, 28)), x, fashion["train_y"][:few].astype(np.int32),
         epochs=1, batch_size=BATCH, lr=0.1, momentum=0.0, seed=0,
@@ -333,10 +333,8 @@ def checks(ours: Mapping[str, float], torch: Mapping[str, float], all_works: lis
 
 def rate(ours: Mapping[str, float], w: Work, m: Method) -> float:
     """GFLOP/s of a step, from the operations of the cost model."""
-    operations = sum(adapter_flops(w.base.spec, m, RANK))
-    if not m.cached:
-        operations += sum(network_flops(w.base.spec, m))
-    return operations * len(w.x) * w.E / w.steps(w.E) / ours[f"{w.name} step {m.name}"] / 1e9
+    operations = step_flops(w.base.spec, m, RANK) * len(w.x) * w.E / w.steps(w.E)
+    return operations / ours[f"{w.name} step {m.name}"] / 1e9
 
 
 Medians = Mapping[str, Mapping[str, float]]
