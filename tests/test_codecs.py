@@ -1,0 +1,329 @@
+"""One battery for every codec, the shared vectors, and what each codec promises."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from instantft.cache.codecs import CODECS, NF4_LEVELS, NF4_THRESHOLDS, codec, nf4_levels
+from instantft.errors import UsageError
+from instantft.spec import NetSpec, RecordSpec, lenet5
+
+VECTORS = Path(__file__).parent.parent / "vectors"
+DESCRIPTION = json.loads((VECTORS / "codecs.json").read_text())
+ARRAYS = np.load(VECTORS / "codecs.npz", allow_pickle=False)
+LAYOUTS = {name: NetSpec.from_json(d["net"]).record for name, d in DESCRIPTION["layouts"].items()}
+SMALL = LAYOUTS["small"]
+LENET = lenet5((1, 28, 28)).record
+
+f32 = np.float32
+
+every_codec = pytest.mark.parametrize("name", CODECS)
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+HALF_GAP = float(np.diff(NF4_LEVELS).max()) / 2
+LIMIT = float(f32(1e20))
+magnitudes = st.floats(-LIMIT, LIMIT, width=32, allow_subnormal=False)
+
+
+def rows_of(record: RecordSpec, values: np.ndarray) -> np.ndarray:
+    """(T, width): values (T, size) with gaps; no negative ones where the record says so."""
+    rows = np.zeros((len(values), record.width), np.float32)
+    start = 0
+    for s in record.segments:
+        v = values[:, start : start + s.size]
+        rows[:, s.offset : s.offset + s.size] = np.abs(v) if s.nonnegative else v
+        start += s.size
+    return rows
+
+
+def random_rows(record: RecordSpec, T: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rows_of(record, rng.normal(size=(T, record.size)) * rng.choice([0.01, 1, 100], (T, 1)))
+
+
+def gaps(record: RecordSpec) -> np.ndarray:
+    mask = np.ones(record.width, bool)
+    for s in record.segments:
+        mask[s.offset : s.offset + s.size] = False
+    return mask
+
+
+# --- the rules once more, one value at a time -------------------------------------------------------------------------
+
+
+def slow_group(v: list[f32], grid: str, bfloat16: bool) -> tuple[bytes, list[int]]:
+    """Scale and codes of one group, from the rules on the page."""
+    span = {"table": f32(1), "unsigned": f32(15), "int8": f32(127)}[grid]
+    m = max(v) if grid == "unsigned" else max(abs(x) for x in v)
+    if m < f32(1e-30):
+        return bytes(2 if bfloat16 else 4), [7 if grid == "table" else 0] * len(v)
+    scale = m / span
+    inv = span / m
+    raw = struct.pack("<f", scale)
+    if bfloat16:
+        bits = (struct.unpack("<I", raw)[0] + 0xFFFF) >> 16
+        raw = struct.pack("<H", bits)
+        inv = f32(1) / f32(struct.unpack("<f", struct.pack("<I", bits << 16))[0])
+    codes = []
+    for x in v:
+        if grid == "table":
+            codes.append(sum(x * inv > t for t in NF4_THRESHOLDS))
+        elif grid == "unsigned":
+            codes.append(int(min(f32(15), np.rint(max(x, f32(0)) * inv))))
+        else:
+            codes.append(int(np.clip(np.rint(x * inv), -127, 127)) & 0xFF)
+    return raw, codes
+
+
+def nibbles(codes: list[int]) -> bytes:
+    codes = [*codes, 0] if len(codes) % 2 else codes
+    return bytes(low | high << 4 for low, high in zip(codes[::2], codes[1::2], strict=True))
+
+
+def halves(v: list[f32]) -> bytes:
+    return b"".join(struct.pack("<e", np.clip(x, f32(-65504), f32(65504))) for x in v)
+
+
+def slow_encode(name: str, row: np.ndarray, record: RecordSpec) -> bytes:
+    segments = [(s, list(row[s.offset : s.offset + s.size])) for s in record.segments]
+    everything = [x for _, v in segments for x in v]
+    if name == "fp32":
+        return row.tobytes()
+    if name == "fp16":
+        return halves(everything)
+    scales, codes, tail = b"", b"", b""
+    if name == "nf4-block64":
+        for start in range(0, len(everything), 64):
+            scale, block = slow_group(everything[start : start + 64], "table", False)
+            scales += scale
+            codes += nibbles(block + [7] * (64 - len(block)))
+        return scales + codes
+    for s, v in segments:
+        if name == "relu4" and s.name == "c":
+            tail = halves(v)
+            continue
+        grid = "int8" if name == "int8" else "unsigned" if name == "relu4" and s.nonnegative else "table"
+        n = s.size // s.groups
+        found: list[int] = []
+        for g in range(s.groups):
+            scale, group = slow_group(v[g * n : g * n + n], grid, name == "relu4")
+            scales += scale
+            found += group
+        codes += bytes(found) if name == "int8" else nibbles(found)
+    return scales + codes + tail
+
+
+# --- vectors ----------------------------------------------------------------------------------------------------------
+
+
+@every_codec
+@every_layout
+def test_vectors_encode(layout: str, name: str) -> None:
+    record, c = LAYOUTS[layout], codec(name)
+    encoded = c.encode(ARRAYS[f"{layout}.rows"], record)
+    expected = ARRAYS[f"{layout}.{name}.bytes"]
+    for row, case in enumerate(DESCRIPTION["layouts"][layout]["rows"]):
+        np.testing.assert_array_equal(encoded[row, : c.nbytes(record)], expected[row], err_msg=case)
+
+
+@every_codec
+@every_layout
+def test_vectors_decode(layout: str, name: str) -> None:
+    record, c = LAYOUTS[layout], codec(name)
+    stored = ARRAYS[f"{layout}.{name}.bytes"]
+    data = np.zeros((len(stored), c.stride(record)), np.uint8)
+    data[:, : stored.shape[1]] = stored
+    expected = ARRAYS[f"{layout}.rows"] if name == "fp32" else ARRAYS[f"{layout}.{name}.decoded"]
+    np.testing.assert_array_equal(c.decode(data, record).view(np.uint32), expected.view(np.uint32))
+
+
+@every_codec
+@every_layout
+def test_vectors_follow_the_rules(layout: str, name: str) -> None:
+    """The vectors come from the codecs; this says that they are also what the rules say, value by value."""
+    expected = ARRAYS[f"{layout}.{name}.bytes"]
+    for row, values in enumerate(ARRAYS[f"{layout}.rows"]):
+        case = DESCRIPTION["layouts"][layout]["rows"][row]
+        assert slow_encode(name, values, LAYOUTS[layout]) == expected[row].tobytes(), case
+
+
+def test_vectors_are_what_the_script_makes() -> None:
+    description, arrays = runpy.run_path(str(VECTORS / "make.py"))["make"]()
+    assert json.loads(json.dumps(description)) == DESCRIPTION
+    assert set(arrays) == set(ARRAYS.files)
+    for key, value in arrays.items():
+        np.testing.assert_array_equal(value, ARRAYS[key], err_msg=key)
+    assert sum(file.stat().st_size for file in VECTORS.iterdir() if file.is_file()) <= 300_000
+
+
+# --- the battery ------------------------------------------------------------------------------------------------------
+
+
+@every_codec
+@every_layout
+def test_sizes(layout: str, name: str) -> None:
+    record, c = LAYOUTS[layout], codec(name)
+    stated = DESCRIPTION["layouts"][layout]["codecs"][name]
+    assert c.bytes_per_sample(record) == stated["bytes_per_sample"]
+    assert c.nbytes(record) == stated["nbytes"]
+    assert c.stride(record) == stated["stride"]
+    assert 0 <= c.stride(record) - c.nbytes(record) < 8
+    assert c.stride(record) % 8 == 0
+
+
+@every_codec
+@every_layout
+def test_shapes_types_and_gaps(layout: str, name: str) -> None:
+    record, c = LAYOUTS[layout], codec(name)
+    for T in (0, 1, 5):
+        rows = random_rows(record, T)
+        data = c.encode(rows, record)
+        assert data.shape == (T, c.stride(record))
+        assert data.dtype == np.uint8
+        assert data.flags.c_contiguous
+        assert not data[:, c.nbytes(record) :].any()
+        back = c.decode(data, record)
+        assert back.shape == (T, record.width)
+        assert back.dtype == np.float32
+        assert back.flags.writeable
+        assert not back[:, gaps(record)].any()
+
+
+@every_codec
+def test_a_sample_is_written_by_itself(name: str) -> None:
+    c, rows = codec(name), random_rows(SMALL, 6)
+    together = c.encode(rows, SMALL)
+    for row in range(6):
+        np.testing.assert_array_equal(c.encode(rows[row : row + 1], SMALL)[0], together[row])
+    np.testing.assert_array_equal(c.decode(together[2:3], SMALL)[0], c.decode(together, SMALL)[2])
+
+
+@every_codec
+def test_zeros_stay_zeros(name: str) -> None:
+    c = codec(name)
+    for value in (0.0, -0.0):
+        rows = np.full((2, SMALL.width), value, np.float32)
+        rows[:, gaps(SMALL)] = 0
+        assert not c.decode(c.encode(rows, SMALL), SMALL).any()
+
+
+@every_codec
+def test_gaps_are_not_looked_at(name: str) -> None:
+    c, rows = codec(name), random_rows(SMALL, 2)
+    if c.plain:
+        pytest.skip("fp32 writes the row as it is")
+    dirty = rows.copy()
+    dirty[:, gaps(SMALL)] = 1e9
+    np.testing.assert_array_equal(c.encode(dirty, SMALL), c.encode(rows, SMALL))
+
+
+@every_codec
+def test_wrong_shapes_are_refused(name: str) -> None:
+    c = codec(name)
+    with pytest.raises(UsageError, match=rf"must be \(T, {SMALL.width}\), not \[2, {SMALL.width - 1}\]"):
+        c.encode(np.zeros((2, SMALL.width - 1), np.float32), SMALL)
+    with pytest.raises(UsageError, match=r"encoded records must be .* not \[7\]"):
+        c.decode(np.zeros(7, np.uint8), SMALL)
+
+
+@every_codec
+@settings(max_examples=25, deadline=None)
+@given(values=hnp.arrays(np.float32, (2, SMALL.size), elements=magnitudes))
+def test_error_is_bounded(name: str, values: np.ndarray) -> None:
+    """No value is further off than half the widest gap between levels, in units of its group's scale."""
+    c, rows = codec(name), rows_of(SMALL, values)
+    back = c.decode(c.encode(rows, SMALL), SMALL).astype(np.float64)
+    start = 0
+    flat = np.concatenate([rows[:, s.offset : s.offset + s.size] for s in SMALL.segments], axis=1)
+    for s in SMALL.segments:
+        v = rows[:, s.offset : s.offset + s.size].astype(np.float64)
+        e = np.abs(back[:, s.offset : s.offset + s.size] - v)
+        if name == "fp32":
+            bound = np.zeros_like(v)
+        elif name == "fp16" or (name == "relu4" and s.name == "c"):
+            e = np.abs(back[:, s.offset : s.offset + s.size] - np.clip(v, -65504, 65504))
+            bound = np.abs(v) * 2.0**-11 + 2.0**-25
+        elif name == "nf4-block64":
+            absmax = np.stack(
+                [np.abs(flat[:, i // 64 * 64 : i // 64 * 64 + 64]).max(axis=1) for i in range(start, start + s.size)],
+                axis=1,
+            )
+            bound = absmax * HALF_GAP * (1 + 1e-5)
+        else:
+            m = np.abs(v.reshape(2, s.groups, -1)).max(axis=2).repeat(s.size // s.groups, axis=1)
+            half = {"int8": 0.5 / 127, "nf4": HALF_GAP, "relu4": 0.5 / 15 if s.nonnegative else HALF_GAP}[name]
+            bound = m * half * (1 + 2.0**-7 + 1e-5)
+        assert (e <= bound + 1e-29).all(), s.name
+        start += s.size
+
+
+@pytest.mark.parametrize("name", [n for n in CODECS if n != "int8"])
+@settings(max_examples=25, deadline=None)
+@given(values=hnp.arrays(np.float32, (1, SMALL.size), elements=magnitudes.filter(lambda x: x == 0 or abs(x) > 1e-20)))
+def test_writing_again_changes_nothing(name: str, values: np.ndarray) -> None:
+    """What was read is written as the same bytes. (int8 has a scale that two roundings can move.)"""
+    c = codec(name)
+    once = c.encode(rows_of(SMALL, values), SMALL)
+    np.testing.assert_array_equal(c.encode(c.decode(once, SMALL), SMALL), once)
+
+
+def test_fp32_is_exact() -> None:
+    rows = random_rows(SMALL, 3)
+    c = codec("fp32")
+    np.testing.assert_array_equal(c.decode(c.encode(rows, SMALL), SMALL), rows)
+
+
+# --- promises ---------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_lenet5() -> None:
+    """InstantFT's 995 B; the poster's 1,012 B with its 4-byte flag; our own at no more."""
+    sizes = {name: c.bytes_per_sample(LENET) for name, c in CODECS.items()}
+    assert sizes == {"fp32": 7160, "fp16": 3580, "int8": 1890, "nf4": 995, "nf4-block64": 1008, "relu4": 958}
+
+
+def test_nf4_table_follows_from_the_normal_distribution() -> None:
+    np.testing.assert_allclose(nf4_levels(), NF4_LEVELS, rtol=0, atol=1e-6)
+    assert NF4_LEVELS[7] == 0
+    assert NF4_LEVELS.dtype == NF4_THRESHOLDS.dtype == np.float32
+    assert (np.diff(NF4_LEVELS) > 0).all()
+    assert ((NF4_LEVELS[:-1] < NF4_THRESHOLDS) & (NF4_LEVELS[1:] > NF4_THRESHOLDS)).all()
+
+
+def test_relu4_beats_nf4_after_a_relu() -> None:
+    """On ReLU(N(0, 1)) two fifths of the squared error or less, at fewer bytes."""
+    rng = np.random.default_rng(0)
+    rows = np.zeros((50, LENET.width), np.float32)
+    for s in LENET.segments[:-1]:
+        rows[:, s.offset : s.offset + s.size] = np.maximum(rng.normal(size=(50, s.size)), 0)
+
+    def error(name: str) -> float:
+        back = codec(name).decode(codec(name).encode(rows, LENET), LENET)
+        return float(((back - rows) ** 2).sum() / (rows**2).sum())
+
+    assert error("relu4") < 0.4 * error("nf4")
+    assert error("relu4") < 0.4 * error("nf4-block64")
+
+
+def test_relu4_counts_negative_values_as_zero() -> None:
+    rows = np.zeros((1, SMALL.width), np.float32)
+    rows[0, :25] = np.linspace(-5, 3, 25)
+    back = codec("relu4").decode(codec("relu4").encode(rows, SMALL), SMALL)[0, :25]
+    assert (back[rows[0, :25] <= 0] == 0).all()
+    assert np.abs(back - np.maximum(rows[0, :25], 0)).max() <= 3 / 15 / 2 * 1.01
+
+
+def test_unknown_codec() -> None:
+    with pytest.raises(
+        UsageError, match=r"^codec must be one of fp32, fp16, int8, nf4, nf4-block64, relu4, not 'zip'$"
+    ):
+        codec("zip")

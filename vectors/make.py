@@ -1,0 +1,159 @@
+"""Makes the test vectors of the codecs: what every implementation must write and read, byte for byte.
+
+    python vectors/make.py
+
+writes, beside itself, ``codecs.json`` (networks, their record segments, names of the rows, sizes) and ``codecs.npz``:
+
+    LAYOUT.rows            (T, width) float32   record rows, gaps zero
+    LAYOUT.CODEC.bytes     (T, nbytes) uint8    what encoding them gives
+    LAYOUT.CODEC.decoded   (T, width) float32   what decoding that gives (not for fp32, which gives the rows)
+
+The rows are those where implementations differ: groups of zeros, of one value, huge and tiny ones, negative zeros, ties
+between two codes and the neighbours of ties, clipping, outliers. Nothing here is random but by a fixed seed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from instantft.cache.codecs import CODECS, NF4_THRESHOLDS
+from instantft.spec import LayerSpec, NetSpec, RecordSpec, dnn, lenet5
+
+Floats = NDArray[np.float32]
+
+VERSION = 1
+
+SMALL = NetSpec(
+    (1, 5, 5),
+    (
+        LayerSpec("conv", 4, (1, 1), relu=True),
+        LayerSpec("conv", 3, (3, 3)),
+        LayerSpec("fc", 33, relu=True),
+        LayerSpec("fc", 71),
+        LayerSpec("fc", 5),
+    ),
+)
+"""Channels of 25, of 9 (an odd number altogether), an odd vector after a ReLU, an odd one that may be negative."""
+
+LAYOUTS: dict[str, NetSpec] = {"small": SMALL, "dnn": dnn(16, 3), "lenet5": lenet5((1, 28, 28))}
+
+
+def cases(size: int, rng: np.random.Generator) -> dict[str, Floats]:
+    """Named runs of `size` values; the rows are cut from them, signs and all, whatever a segment's nature."""
+    ties = np.float32(1) * NF4_THRESHOLDS
+    around = np.concatenate([[1], ties, np.nextafter(ties, np.float32(2)), np.nextafter(ties, np.float32(-2))])
+    normal = rng.normal(size=size)
+    mixed = np.where(rng.random(size) < 0.5, 0.0, normal) * 10.0 ** rng.integers(-6, 6, size)
+    halves = [
+        65504,
+        65519,
+        65520,
+        1e5,
+        -65504,
+        -65536,
+        1 + 2.0**-11,
+        1 + 3 * 2.0**-11,
+        2.0**-24,
+        2.0**-25,
+        3 * 2.0**-26,
+    ]
+    values = {
+        "zeros": np.zeros(size),
+        "negative zeros": np.full(size, -0.0),
+        "ones": np.ones(size),
+        "minus ones": -np.ones(size),
+        "thirds": np.full(size, 1 / 3),
+        "tiny": np.full(size, 1e-35) * rng.choice([-1, 1], size),
+        "just below the limit": np.full(size, np.nextafter(np.float32(1e-30), np.float32(0))),
+        "at the limit": np.full(size, np.float32(1e-30)),
+        "huge": 1e30 * normal,
+        "very huge": 1e37 * np.clip(normal / 4, -1, 1),
+        "normal": normal,
+        "relu of normal": np.maximum(normal, 0),
+        "relu of normal, shifted": np.maximum(normal + 1.5, 0) * 0.37,
+        "never positive": -np.abs(normal),
+        "heavy tails": rng.standard_cauchy(size),
+        "many magnitudes": mixed,
+        "one outlier": np.where(np.arange(size) % 25 == 7, 1000.0, 1e-3 * normal),
+        "levels and ties of a table": np.resize(around, size),
+        "ties of a table, scaled": np.resize(around, size) * 0.7,
+        "ties of 15 levels": np.resize(np.concatenate([[15], np.arange(0, 15) + 0.5, [0.49999997, 2.4999998]]), size),
+        "ties of 127 levels": np.resize(
+            np.concatenate([[127], np.arange(0, 127, 5) + 0.5, -np.arange(0, 127, 7) - 0.5]), size
+        ),
+        "limits of binary16": np.resize(halves, size),
+        "subnormals of binary16": 2.0**-15 * normal * rng.random(size),
+    }
+    return {name: np.asarray(value, np.float64).astype(np.float32) for name, value in values.items()}
+
+
+def rows_of(record: RecordSpec, values: list[Floats]) -> Floats:
+    """(T, width): the values of each sample, in order, with the gaps between segments zero."""
+    rows = np.zeros((len(values), record.width), np.float32)
+    for row, v in zip(rows, values, strict=True):
+        start = 0
+        for s in record.segments:
+            row[s.offset : s.offset + s.size] = v[start : start + s.size]
+            start += s.size
+    return rows
+
+
+def nets_rows(spec: NetSpec, T: int, rng: np.random.Generator) -> Floats:
+    """(T, width): rows as a network gives them, a ReLU's output where there is one."""
+    rows = np.zeros((T, spec.record.width), np.float32)
+    for s in spec.record.segments:
+        v = rng.normal(size=(T, s.size)) * rng.uniform(0.2, 5, (T, 1))
+        rows[:, s.offset : s.offset + s.size] = np.maximum(v, 0) if s.nonnegative else v
+    return rows
+
+
+def make() -> tuple[dict[str, object], dict[str, NDArray[np.generic]]]:
+    """The contents of codecs.json and codecs.npz."""
+    rng = np.random.default_rng(20250613)
+    arrays: dict[str, NDArray[np.generic]] = {}
+    layouts: dict[str, object] = {}
+    for layout, spec in LAYOUTS.items():
+        record = spec.record
+        if layout == "small":
+            named = cases(record.size, rng)
+            names, rows = list(named), rows_of(record, list(named.values()))
+        else:
+            names = ["as a network gives it"] * (3 if layout == "dnn" else 1)
+            rows = nets_rows(spec, len(names), rng)
+        arrays[f"{layout}.rows"] = rows
+        for name, codec in CODECS.items():
+            encoded = codec.encode(rows, record)
+            arrays[f"{layout}.{name}.bytes"] = encoded[:, : codec.nbytes(record)]
+            if not codec.plain:
+                arrays[f"{layout}.{name}.decoded"] = codec.decode(encoded, record)
+        layouts[layout] = {
+            "net": spec.to_json(),
+            "segments": [[s.name, s.size, s.groups, s.nonnegative, s.offset] for s in record.segments],
+            "width": record.width,
+            "rows": names,
+            "codecs": {
+                name: {
+                    "bytes_per_sample": codec.bytes_per_sample(record),
+                    "nbytes": codec.nbytes(record),
+                    "stride": codec.stride(record),
+                }
+                for name, codec in CODECS.items()
+            },
+        }
+    return {"version": VERSION, "layouts": layouts}, arrays
+
+
+def main() -> None:
+    """Write both files."""
+    here = Path(__file__).parent
+    description, arrays = make()
+    (here / "codecs.json").write_text(json.dumps(description, indent=1) + "\n")
+    np.savez_compressed(here / "codecs.npz", **arrays)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()
