@@ -1,0 +1,173 @@
+// The Python binding: arrays in, arrays out. No loop over samples and no arithmetic; engine/native.py checks shapes.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+#include "instantft.h"
+
+namespace nb = nanobind;
+
+template <typename T> using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
+
+static void need(bool ok, const char *what) {
+    if (!ok) throw std::invalid_argument(what);
+}
+
+struct Plan {
+    ift_plan plan;
+    std::vector<ift_run> runs;
+    ift_codec codec;
+
+    Plan(Array<const int32_t> layers, std::tuple<int, int, int> input, int rank, int batch, int codec_id) {
+        need(layers.ndim() == 2 && layers.shape(1) == sizeof(ift_layer_desc) / 4, "layers must be (L, 10)");
+        const int32_t shape[3] = {std::get<0>(input), std::get<1>(input), std::get<2>(input)};
+        int status = ift_plan_init(&plan, reinterpret_cast<const ift_layer_desc *>(layers.data()),
+                                   static_cast<int32_t>(layers.shape(0)), shape, rank, batch);
+        need(status == IFT_OK, "the core refused this network, rank or batch size");
+        runs.resize(static_cast<size_t>(ift_codec_runs(&plan, codec_id)) + 1);
+        need(ift_codec_init(&codec, &plan, codec_id, runs.data()) == IFT_OK, "no such codec");
+    }
+};
+
+using Tensor = std::tuple<int, int, int64_t, int, int, int>;
+
+static std::vector<Tensor> tensors(const Plan &p) {
+    std::vector<Tensor> all;
+    for (int k = 0; k < p.plan.L; k++)
+        for (int r = 0; r < IFT_ROLES; r++) {
+            const ift_tensor &t = p.plan.layer[k].t[r];
+            if (t.rows) all.emplace_back(k, r, t.offset, t.rows, t.cols, t.pitch);
+        }
+    return all;
+}
+
+struct Core {
+    const ift_core *core;
+    explicit Core(const std::string &name) : core(ift_core_named(name.c_str())) {
+        need(core != nullptr, "no such instruction set here");
+    }
+};
+
+static std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (int i = 0; ift_core_at(i); i++) names.emplace_back(ift_core_at(i)->name);
+    return names;
+}
+
+static void need_buffers(const Plan &p, const Array<const float> &frozen, const Array<const float> &x,
+                         const Array<float> &ws) {
+    need(frozen.size() >= static_cast<size_t>(p.plan.params), "parameters too small for the plan");
+    need(ws.size() >= static_cast<size_t>(p.plan.workspace), "workspace too small for the plan");
+    need(x.ndim() == 2 && x.shape(1) >= static_cast<size_t>(ift_pad(p.plan.input_width)), "samples must be padded rows");
+}
+
+NB_MODULE(_core, m) {
+    m.doc() = "The native core: see native/instantft.h.";
+    m.def("isas", &isas, "Instruction sets of this build that this processor runs, best first.");
+
+    nb::class_<Plan>(m, "Plan")
+        .def(nb::init<Array<const int32_t>, std::tuple<int, int, int>, int, int, int>())
+        .def_prop_ro("params", [](const Plan &p) { return p.plan.params; })
+        .def_prop_ro("workspace", [](const Plan &p) { return p.plan.workspace; })
+        .def_prop_ro("row_width", [](const Plan &p) { return p.plan.row_width; })
+        .def_prop_ro("general", [](const Plan &p) { return p.plan.general != 0; })
+        .def_prop_ro("gain", [](const Plan &p) { return p.plan.gain; })
+        .def_prop_ro("bias", [](const Plan &p) { return p.plan.bias; })
+        .def_prop_ro("classes", [](const Plan &p) { return p.plan.C; })
+        .def_prop_ro("stride", [](const Plan &p) { return p.codec.stride; })
+        .def_prop_ro("codec_bytes", [](const Plan &p) { return p.codec.bytes; })
+        .def("tensors", &tensors, "(layer, role, offset, rows, cols, pitch) of every matrix in the parameter buffer");
+
+    nb::class_<Core>(m, "Core")
+        .def(nb::init<std::string>())
+        .def_prop_ro("name", [](const Core &c) { return std::string(c.core->name); })
+        .def("fold",
+             [](const Core &c, const Plan &p, Array<const float> params, Array<float> frozen) {
+                 need(params.size() >= static_cast<size_t>(p.plan.params) && frozen.size() >= params.size(),
+                      "parameters too small for the plan");
+                 c.core->fold(&p.plan, params.data(), frozen.data());
+             })
+        .def("records",
+             [](const Core &c, const Plan &p, Array<const float> frozen, Array<const float> x, Array<float> rows,
+                Array<float> ws) {
+                 need_buffers(p, frozen, x, ws);
+                 need(rows.size() >= x.shape(0) * static_cast<size_t>(p.plan.row_width), "rows too small");
+                 nb::gil_scoped_release release;
+                 c.core->records(&p.plan, frozen.data(), x.data(), x.shape(1), x.shape(0), rows.data(), ws.data());
+             })
+        .def("fill",
+             [](const Core &c, const Plan &p, Array<const float> frozen, Array<const float> x, Array<const int64_t> order,
+                Array<const int64_t> slots, Array<uint8_t> store, Array<float> ws) {
+                 need_buffers(p, frozen, x, ws);
+                 need(order.size() == slots.size(), "one slot a sample");
+                 nb::gil_scoped_release release;
+                 c.core->fill(&p.plan, frozen.data(), x.data(), x.shape(1), order.data(), slots.data(), order.size(),
+                              &p.codec, store.data(), ws.data());
+             })
+        .def("forward",
+             [](const Core &c, const Plan &p, Array<const float> params, Array<const float> frozen, Array<const float> x,
+                Array<float> logits, Array<float> ws) {
+                 need_buffers(p, frozen, x, ws);
+                 need(params.size() >= static_cast<size_t>(p.plan.params), "parameters too small for the plan");
+                 need(logits.size() >= x.shape(0) * static_cast<size_t>(p.plan.C), "logits too small");
+                 nb::gil_scoped_release release;
+                 c.core->forward(&p.plan, params.data(), frozen.data(), x.data(), x.shape(1), x.shape(0), logits.data(),
+                                 ws.data());
+             })
+        .def(
+            "epochs",
+            [](const Core &c, const Plan &p, Array<float> params, Array<float> grads, Array<float> velocity,
+               Array<const float> frozen, Array<const float> x, Array<const int32_t> labels, Array<const int64_t> numbers,
+               bool cached, Array<uint8_t> store, Array<int64_t> owner, Array<float> ws, float lr, float momentum,
+               Array<const int32_t> order, Array<double> loss, Array<int64_t> correct) {
+                need_buffers(p, frozen, x, ws);
+                size_t n = static_cast<size_t>(p.plan.params);
+                need(params.size() >= n && (grads.size() >= n || !p.plan.general), "parameters too small for the plan");
+                need(velocity.size() == 0 || velocity.size() >= n, "velocity too small for the plan");
+                need(labels.size() == x.shape(0) && numbers.size() == x.shape(0), "one label and number a sample");
+                need(order.ndim() == 2 && loss.size() >= order.shape(0) && correct.size() >= order.shape(0),
+                     "order must be (E, T)");
+                ift_job job = {};
+                job.params = params.data(), job.grads = grads.data(), job.frozen = frozen.data();
+                job.velocity = velocity.size() ? velocity.data() : nullptr;
+                job.x = x.data(), job.x_pitch = static_cast<int64_t>(x.shape(1));
+                job.labels = labels.data(), job.numbers = numbers.data();
+                job.codec = cached ? &p.codec : nullptr;
+                job.store = store.data(), job.owner = owner.data();
+                job.capacity = cached ? static_cast<int64_t>(owner.size()) : 0;
+                job.workspace = ws.data(), job.lr = lr, job.momentum = momentum;
+                int64_t diverged = 0;
+                {
+                    nb::gil_scoped_release release;
+                    diverged = c.core->epochs(&p.plan, &job, order.data(), order.shape(0), order.shape(1), loss.data(),
+                                              correct.data());
+                }
+                return std::make_tuple(diverged, job.hits, job.misses);
+            })
+        .def("encode",
+             [](const Core &c, const Plan &p, Array<const float> rows, Array<uint8_t> out, Array<uint8_t> scratch) {
+                 need(rows.size() >= static_cast<size_t>(p.plan.row_width) &&
+                          out.size() >= static_cast<size_t>(p.codec.stride) &&
+                          scratch.size() >= 2 * static_cast<size_t>(p.plan.row_width) + 64,
+                      "buffers too small for a record");
+                 c.core->encode(&p.plan, &p.codec, rows.data(), out.data(), scratch.data());
+             })
+        .def("decode",
+             [](const Core &c, const Plan &p, Array<const uint8_t> in, Array<float> row) {
+                 need(in.size() >= static_cast<size_t>(p.codec.stride) + 16 &&
+                          row.size() >= static_cast<size_t>(p.plan.row_width) + IFT_PAD,
+                      "buffers too small for a record");
+                 c.core->decode(&p.plan, &p.codec, in.data(), row.data());
+             })
+        .def("fma_loop", [](const Core &c, int64_t n) {
+            float sink[3] = {0.999f, 0.001f, 0};
+            nb::gil_scoped_release release;
+            return c.core->fma_loop(n, sink);
+        });
+}

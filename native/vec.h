@@ -1,0 +1,110 @@
+/* Vectors: the one place that knows how wide a register is.
+ *
+ * IFT_VL floats a vector: 16, 8, 4 or 1, set by the build for each instruction set. Everything else is written with
+ * GCC and Clang vector extensions, so that one source serves them all; with IFT_VL 1 it is plain C.
+ */
+#ifndef IFT_VEC_H
+#define IFT_VEC_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && IFT_VL > 1
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+#if IFT_VL == 1
+typedef float vf;
+typedef int32_t vi;
+typedef uint32_t vu;
+#else
+typedef float vf __attribute__((vector_size(IFT_VL * 4)));
+typedef int32_t vi __attribute__((vector_size(IFT_VL * 4)));
+typedef uint32_t vu __attribute__((vector_size(IFT_VL * 4)));
+#endif
+#if IFT_VL > 1
+typedef float v4 __attribute__((vector_size(16)));
+typedef int32_t i4 __attribute__((vector_size(16)));
+#endif
+
+/* Registers decide how large a tile may be. */
+#if IFT_VL == 16 || defined(__aarch64__)
+#define IFT_MANY_REGISTERS 1
+#else
+#define IFT_MANY_REGISTERS 0
+#endif
+
+#if defined(__clang__)
+#define SHUFFLE(mask, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(mask, a, b, ...) __builtin_shuffle(a, b, (mask){__VA_ARGS__})
+#endif
+
+INLINE vf vload(const float *p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+INLINE void vstore(float *p, vf v) { memcpy(p, &v, sizeof v); }
+
+#if IFT_VL == 1
+INLINE vf vset(float x) { return x; }
+INLINE vf vmax(vf a, vf b) { return a > b ? a : b; } /* b where either is NaN */
+INLINE float vsum(vf v) { return v; }
+#else
+INLINE vf vset(float x) { return x - (vf){0}; }
+/* max(a, b), and vmax(zero, x) lets a NaN in x through. */
+INLINE vf vmax(vf a, vf b) {
+#if defined(__AVX512F__) && IFT_VL == 16
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__) && IFT_VL == 8
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE__) && IFT_VL == 4
+    return (vf)_mm_max_ps((__m128)a, (__m128)b);
+#else
+    vi take = a > b;
+    return (vf)((take & (vi)a) | (~take & (vi)b));
+#endif
+}
+INLINE v4 v4load(const float *p) {
+    v4 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+INLINE void v4store(float *p, v4 v) { memcpy(p, &v, sizeof v); }
+
+/* Sum of the quarters (halves) of a vector. */
+INLINE v4 vfold(vf v) {
+#if IFT_VL == 4
+    return v;
+#else
+    v4 q[IFT_VL / 4];
+    memcpy(q, &v, sizeof v);
+#if IFT_VL == 8
+    return q[0] + q[1];
+#else
+    return (q[0] + q[1]) + (q[2] + q[3]);
+#endif
+#endif
+}
+/* (sum a, sum b, sum c, sum d) */
+INLINE v4 vsum4(vf a, vf b, vf c, vf d) {
+    v4 x = vfold(a), y = vfold(b), z = vfold(c), w = vfold(d);
+    v4 xy = SHUFFLE(i4, x, y, 0, 4, 1, 5) + SHUFFLE(i4, x, y, 2, 6, 3, 7); /* x02 y02 x13 y13 */
+    v4 zw = SHUFFLE(i4, z, w, 0, 4, 1, 5) + SHUFFLE(i4, z, w, 2, 6, 3, 7);
+    return SHUFFLE(i4, xy, zw, 0, 1, 4, 5) + SHUFFLE(i4, xy, zw, 2, 3, 6, 7);
+}
+INLINE float vsum(vf v) {
+    v4 q = vfold(v);
+    return (q[0] + q[2]) + (q[1] + q[3]);
+}
+#endif
+#endif

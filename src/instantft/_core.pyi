@@ -1,0 +1,63 @@
+"""What native/bind.cpp exports."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+
+def isas() -> list[str]: ...
+
+class Plan:
+    params: int
+    workspace: int
+    row_width: int
+    general: bool
+    gain: int
+    bias: int
+    classes: int
+    stride: int
+    codec_bytes: int
+    def __init__(
+        self, layers: NDArray[np.int32], input: tuple[int, int, int], rank: int, batch: int, codec_id: int
+    ) -> None: ...
+    def tensors(self) -> list[tuple[int, int, int, int, int, int]]: ...
+
+class Core:
+    name: str
+    def __init__(self, name: str) -> None: ...
+    def fold(self, plan: Plan, params: F32, frozen: F32) -> None: ...
+    def records(self, plan: Plan, frozen: F32, x: F32, rows: F32, workspace: F32) -> None: ...
+    def fill(
+        self,
+        plan: Plan,
+        frozen: F32,
+        x: F32,
+        order: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        store: NDArray[np.uint8],
+        workspace: F32,
+    ) -> None: ...
+    def forward(self, plan: Plan, params: F32, frozen: F32, x: F32, logits: F32, workspace: F32) -> None: ...
+    def epochs(
+        self,
+        plan: Plan,
+        params: F32,
+        grads: F32,
+        velocity: F32,
+        frozen: F32,
+        x: F32,
+        labels: NDArray[np.int32],
+        numbers: NDArray[np.int64],
+        cached: bool,
+        store: NDArray[np.uint8],
+        owner: NDArray[np.int64],
+        workspace: F32,
+        lr: float,
+        momentum: float,
+        order: NDArray[np.int32],
+        loss: NDArray[np.float64],
+        correct: NDArray[np.int64],
+    ) -> tuple[int, int, int]: ...
+    def encode(self, plan: Plan, row: F32, out: NDArray[np.uint8], scratch: NDArray[np.uint8]) -> None: ...
+    def decode(self, plan: Plan, data: NDArray[np.uint8], row: F32) -> None: ...
+    def fma_loop(self, n: int) -> float: ...

@@ -1,0 +1,389 @@
+"""The native engine: puts arrays in the order the C11 core wants them and calls it. No arithmetic happens here.
+
+`INSTANTFT_ISA` forces one instruction set (x86-64-v4, x86-64-v3, x86-64-v2, neon, scalar).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cache.store import Store
+from ..errors import EngineError, UsageError
+from ..methods import Method, connections, layer_types
+from ..spec import NetSpec, pad
+from . import EpochStats, Floats, Tensors
+
+if TYPE_CHECKING:
+    from .._core import Core, Plan
+
+__all__ = ["NativeEngine", "fma_peak", "isas"]
+
+# Bits and numbers of instantft.h.
+_W, _B, _X, _GAMMA, _BETA, _BATCH_STATS, _LAYER_ADAPTER, _SKIP_ADAPTER = (1 << i for i in range(8))
+_CODEC_IDS = {"fp32": 0, "fp16": 1, "int8": 2, "nf4": 3, "nf4-block64": 4, "relu4": 5}
+_ROLES = ("weight", "bias", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
+_LAYER_A, _LAYER_B, _SKIP_A, _SKIP_B = range(6, 10)
+
+_PREDICT_BATCH = 64
+_SAMPLES_A_THREAD = 32
+"""Fewer than this and a further thread costs more than it saves."""
+
+_NONE32 = np.empty(0, np.float32)
+_NONE8 = np.empty(0, np.uint8)
+_NONE64 = np.empty(0, np.int64)
+
+
+def isas() -> list[str]:
+    """Instruction sets this build holds and this processor runs, best first.
+
+    Raises:
+        EngineError: the core was not built.
+    """
+    try:
+        from .. import _core
+    except ImportError as e:
+        raise EngineError(
+            f"the native engine needs its compiled core, which is not there ({e}): install a C and C++ compiler "
+            "(Debian: apt-get install build-essential) and install instantft again, or use --engine reference"
+        ) from None
+    return _core.isas()
+
+
+def _load_core() -> Core:
+    available = isas()
+    name = os.environ.get("INSTANTFT_ISA") or available[0]
+    if name not in available:
+        raise EngineError(f"INSTANTFT_ISA must be one of {', '.join(available)} on this machine, not {name!r}")
+    from .._core import Core
+
+    return Core(name)
+
+
+def fma_peak(core: Core | None = None) -> float:
+    """The fused multiply-add rate of one core of this machine in operations per second, measured for about 50 ms.
+
+    Vectors of the chosen instruction set, twelve independent chains in registers, two operations each.
+    """
+    from time import perf_counter
+
+    core = core or _load_core()
+    best = 0.0
+    for _ in range(10):
+        start = perf_counter()
+        operations = core.fma_loop(6_000_000)
+        best = max(best, operations / (perf_counter() - start))
+    return best
+
+
+def _aligned(n: int) -> Floats:
+    """n uninitialised float32, starting at a multiple of 64 bytes."""
+    raw = np.empty(n + 16, np.float32)
+    skip = (-raw.ctypes.data // 4) % 16
+    return raw[skip : skip + n]
+
+
+def _rows(x: Floats) -> Floats:
+    """x (T, N) with every row padded by zeros to a multiple of PAD floats; x itself where that holds already."""
+    T, N = x.shape
+    if N == pad(N) and x.flags.c_contiguous and x.dtype == np.float32:
+        return x
+    rows = np.zeros((T, pad(N)), np.float32)
+    rows[:, :N] = x
+    return rows
+
+
+def _adapters_of(tensors: Mapping[str, Floats]) -> list[tuple[int, int]]:
+    found = []
+    for name in tensors:
+        if name.startswith("lora.") and name.endswith(".A"):
+            i, j = name.split(".")[1].split("-")
+            found.append((int(i), int(j)))
+    return sorted(found)
+
+
+class _Buffers:
+    """A plan, and the tensors of a network and its adapters laid out as the plan says."""
+
+    def __init__(
+        self, core: Core, spec: NetSpec, tensors: Tensors, bits: list[int], rank: int, batch: int, codec: str = "fp32"
+    ) -> None:
+        from .._core import Plan
+
+        layers = np.zeros((spec.L, 10), np.int32)
+        for k, layer in enumerate(spec.layers):
+            layers[k] = (
+                layer.kind == "conv",
+                layer.out,
+                *layer.kernel,
+                *layer.padding,
+                layer.batch_norm,
+                layer.relu,
+                layer.pool,
+                bits[k],
+            )
+        shape = spec.input_shape if len(spec.input_shape) == 3 else (spec.input_shape[0], 1, 1)
+        self.core, self.spec, self.rank = core, spec, rank
+        self.plan: Plan = Plan(layers, (shape[0], shape[1], shape[2]), rank, batch, _CODEC_IDS[codec])
+        if self.plan.row_width != spec.record.width:
+            raise EngineError(f"core and spec must agree on records, not {self.plan.row_width} and {spec.record.width}")
+        self.params = np.zeros(self.plan.params, np.float32)
+        self.names: dict[str, tuple[int, tuple[int, ...]]] = {}
+        for k, role, offset, rows, cols, pitch in self.plan.tensors():
+            name = self._name(k, role)
+            if name not in tensors:
+                continue
+            view = self._view(offset, rows, cols, pitch)
+            value = tensors[name]
+            if role in (_LAYER_A, _SKIP_A):
+                view[: value.shape[1]] = value.T
+            elif role in (_LAYER_B, _SKIP_B):
+                view[: value.shape[0]] = value
+            else:
+                view[:] = value.reshape(rows, cols)
+            self.names[name] = (role, (offset, rows, cols, pitch))
+        self.params[self.plan.gain] = tensors["output.gain"][0] if "output.gain" in tensors else 1.0
+        if "output.bias" in tensors:
+            self.params[self.plan.bias : self.plan.bias + spec.C] = tensors["output.bias"]
+
+    def _name(self, k: int, role: int) -> str:
+        if role < len(_ROLES):
+            return f"layers.{k}.{_ROLES[role]}"
+        j = k + 1 if role in (_LAYER_A, _LAYER_B) else self.spec.L
+        return f"lora.{k}-{j}.{'A' if role in (_LAYER_A, _SKIP_A) else 'B'}"
+
+    def _view(self, offset: int, rows: int, cols: int, pitch: int) -> Floats:
+        return self.params[offset : offset + rows * pitch].reshape(rows, pitch)[:, :cols]
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Floats:
+        """A copy of one tensor in its natural layout."""
+        role, (offset, rows, cols, pitch) = self.names[name]
+        view = self._view(offset, rows, cols, pitch)
+        if role in (_LAYER_A, _SKIP_A):
+            view = view[: shape[1]].T
+        elif role in (_LAYER_B, _SKIP_B):
+            view = view[: shape[0]]
+        return np.array(view.reshape(shape), order="C")
+
+    def frozen(self) -> Floats:
+        """The parameters with frozen batch norm folded into W and b."""
+        folded = np.empty_like(self.params)
+        self.core.fold(self.plan, self.params, folded)
+        return folded
+
+    def workspace(self) -> Floats:
+        return _aligned(self.plan.workspace)
+
+
+def _spread(n: int, threads: int, work: Callable[[int, int], None]) -> None:
+    """work(start, stop) over 0…n in at most `threads` parts, cut at multiples of PAD."""
+    parts = max(1, min(threads, n // _SAMPLES_A_THREAD))
+    if parts == 1:
+        work(0, n)
+        return
+    cuts = [pad(n * i // parts) for i in range(parts)] + [n]
+    with ThreadPoolExecutor(parts) as pool:
+        for done in [pool.submit(work, a, b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a]:
+            done.result()
+
+
+def _train_bits(spec: NetSpec, method: Method) -> list[int]:
+    """The method's row, as the core's bits for each layer."""
+    bits = []
+    reached = dict(connections(method, spec.L))
+    for k, kind in enumerate(layer_types(method, spec.L)):
+        b = _W * ("w" in kind[3:]) | _B * ("b" in kind[3:]) | _X * ("x" in kind[3:])
+        if spec.layers[k].batch_norm:
+            b |= {"frozen": 0, "beta": _BETA, "train": _GAMMA | _BETA | _BATCH_STATS}[method.norms]
+        if k in reached:
+            b |= _LAYER_ADAPTER if method.adapters == "layers" else _SKIP_ADAPTER
+        bits.append(b)
+    return bits
+
+
+class NativeEngine:
+    """The C11 core behind the Protocol of this package.
+
+    Raises:
+        EngineError: the core was not built, or INSTANTFT_ISA names what this machine lacks.
+    """
+
+    name = "native"
+
+    def __init__(self) -> None:
+        self._core = _load_core()
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return self._core.name
+
+    def forward(self, spec: NetSpec, tensors: Tensors, x: Floats, threads: int = 1) -> Floats:
+        """Logits (T, C); see Engine.forward."""
+        adapters = _adapters_of(tensors)
+        layered = any(j < spec.L for _, j in adapters)
+        rank = max((tensors[f"lora.{i}-{j}.A"].shape[1] for i, j in adapters), default=0)
+        bits = [0] * spec.L
+        if layered:
+            if any(j != i + 1 for i, j in adapters):
+                raise UsageError("adapters must lead either from layer to layer or all to the output, not both")
+            for k in range(spec.L):
+                bits[k] = _LAYER_ADAPTER
+        elif adapters:
+            for k in range(adapters[0][0], spec.L):
+                bits[k] = _SKIP_ADAPTER
+        buffers = _Buffers(self._core, spec, tensors, bits, rank, _PREDICT_BATCH)
+        frozen = buffers.frozen()
+        rows = _rows(x)
+        logits = np.empty((len(x), spec.C), np.float32)
+
+        def work(a: int, b: int) -> None:
+            self._core.forward(buffers.plan, buffers.params, frozen, rows[a:b], logits[a:b], buffers.workspace())
+
+        _spread(len(x), threads, work)
+        return logits
+
+    def records(self, spec: NetSpec, tensors: Tensors, x: Floats, threads: int = 1) -> Floats:
+        """Record rows (T, width); see Engine.records."""
+        buffers = _Buffers(self._core, spec, tensors, [0] * spec.L, 0, _PREDICT_BATCH)
+        frozen = buffers.frozen()
+        rows = _rows(x)
+        out = np.empty((len(x), spec.record.width), np.float32)
+
+        def work(a: int, b: int) -> None:
+            self._core.records(buffers.plan, frozen, rows[a:b], out[a:b], buffers.workspace())
+
+        _spread(len(x), threads, work)
+        return out
+
+    def fill(
+        self, spec: NetSpec, tensors: Tensors, x: Floats, numbers: NDArray[np.int64], store: Store, threads: int = 1
+    ) -> None:
+        """Run the frozen network for what the store lacks and would keep; see Engine.fill."""
+        # of several samples that fall into one slot only the highest number stays, so only that one is computed
+        slots = store.slots(numbers)
+        last = np.full(store.capacity, -1, np.int64)
+        np.maximum.at(last, slots, numbers)
+        todo = np.flatnonzero((last[slots] == numbers) & (store.owner[slots] < numbers))
+        if not len(todo):
+            return
+        buffers = _Buffers(self._core, spec, tensors, [0] * spec.L, 0, 1, store.codec.name)
+        self._check_store(buffers.plan, store)
+        frozen = buffers.frozen()
+        rows = _rows(x)
+        order, slots = todo.astype(np.int64), slots[todo].astype(np.int64)
+
+        def work(a: int, b: int) -> None:
+            self._core.fill(buffers.plan, frozen, rows, order[a:b], slots[a:b], store.data, buffers.workspace())
+
+        _spread(len(todo), threads, work)
+        store.owner[slots] = numbers[todo]
+        # every access is counted by the trainer; those this call served were no hits
+        store.misses += len(todo)
+        store.hits -= len(todo)
+
+    @staticmethod
+    def _check_store(plan: Plan, store: Store) -> None:
+        if plan.stride != store.data.shape[1]:
+            raise EngineError(
+                f"core and store must agree on a record's bytes, not {plan.stride} and {store.data.shape[1]}"
+            )
+
+    def trainer(
+        self,
+        spec: NetSpec,
+        tensors: Tensors,
+        method: Method,
+        rank: int,
+        x: Floats,
+        y: NDArray[np.int32],
+        *,
+        numbers: NDArray[np.int64],
+        store: Store | None,
+        batch_size: int,
+        lr: float,
+        momentum: float = 0.0,
+    ) -> NativeTrainer:
+        """A trainer; see Engine.trainer."""
+        if store is not None and not method.cacheable:
+            raise UsageError(f"a cache needs a method that leaves the frozen layers alone, not {method.name}")
+        batch = min(batch_size, len(x))
+        codec = store.codec.name if store is not None else "fp32"
+        buffers = _Buffers(self._core, spec, tensors, _train_bits(spec, method), rank, batch, codec)
+        if store is not None:
+            self._check_store(buffers.plan, store)
+        return NativeTrainer(buffers, method, rank, x, y, numbers, store, lr, momentum)
+
+
+class NativeTrainer:
+    """Tensors, data and cache of one training, in the core's layout."""
+
+    def __init__(
+        self,
+        buffers: _Buffers,
+        method: Method,
+        rank: int,
+        x: Floats,
+        y: NDArray[np.int32],
+        numbers: NDArray[np.int64],
+        store: Store | None,
+        lr: float,
+        momentum: float,
+    ) -> None:
+        self._buffers, self._method, self._rank, self._store = buffers, method, rank, store
+        self._x = _rows(x)
+        self._y = np.ascontiguousarray(y, np.int32)
+        self._numbers = np.ascontiguousarray(numbers, np.int64)
+        self._lr, self._momentum = lr, momentum
+        n = buffers.plan.params
+        self._frozen = buffers.frozen()
+        self._grads = np.zeros(n, np.float32) if buffers.plan.general else _NONE32
+        self._velocity = np.zeros(n, np.float32) if momentum else _NONE32
+        self._workspace = buffers.workspace()
+
+    def epochs(self, order: NDArray[np.int32]) -> EpochStats:
+        """Run whole epochs; see Trainer.epochs."""
+        order = np.ascontiguousarray(order, np.int32)
+        E, T = order.shape
+        if T and not (0 <= int(order.min()) and int(order.max()) < len(self._x)):
+            raise UsageError(f"order must hold rows 0 to {len(self._x) - 1}, not {order.min()} to {order.max()}")
+        loss, correct = np.zeros(E), np.zeros(E, np.int64)
+        store = self._store
+        diverged, hits, misses = self._buffers.core.epochs(
+            self._buffers.plan,
+            self._buffers.params,
+            self._grads,
+            self._velocity,
+            self._frozen,
+            self._x,
+            self._y,
+            self._numbers,
+            store is not None,
+            store.data if store is not None else _NONE8,
+            store.owner if store is not None else _NONE64,
+            self._workspace,
+            self._lr,
+            self._momentum,
+            order,
+            loss,
+            correct,
+        )
+        if store is not None:
+            store.hits += hits
+            store.misses += misses
+        return EpochStats(loss / max(T, 1), correct, diverged or None)
+
+    def tensors(self) -> dict[str, Floats]:
+        """The trained tensors and moved running statistics; see Trainer.tensors."""
+        from ..methods import trainable
+
+        spec = self._buffers.spec
+        shapes = trainable(self._method, spec, self._rank)
+        if self._method.norms == "train":
+            shapes |= {name: shape for name, shape in spec.parameters.items() if ".bn.running_" in name}
+        return {name: self._buffers.read(name, shape) for name, shape in shapes.items()}
