@@ -6,7 +6,7 @@ import pytest
 
 from instantft.cost import cost, linear_macs, network_parameters
 from instantft.methods import METHODS, method
-from instantft.spec import dnn, lenet5
+from instantft.spec import NetSpec, dnn, lenet5
 
 MNIST, SVHN = lenet5((1, 28, 28)), lenet5((3, 32, 32))
 
@@ -28,7 +28,7 @@ TABLE_1 = [
 
 
 @pytest.mark.parametrize(("spec", "name", "parameters", "forward", "backward", "memory"), TABLE_1)
-def test_table_1(spec, name, parameters, forward, backward, memory):
+def test_table_1(spec: NetSpec, name: str, parameters: int, forward: str, backward: str, memory: str) -> None:
     c = cost(spec, method(name), 4)
     assert c.parameters == parameters
     assert f"{c.forward / 1e6:.3f}" == forward
@@ -48,30 +48,30 @@ def test_table_1(spec, name, parameters, forward, backward, memory):
         ("skip-lora", 871_706, 35_552 - 14_240),
     ],
 )
-def test_exact_counts(name, forward, backward):
+def test_exact_counts(name: str, forward: int, backward: int) -> None:
     c = cost(MNIST, method(name), 4)
     assert (c.forward, c.backward) == (forward, backward)
 
 
-def test_cached_step_computes_adapters_only():
+def test_cached_step_computes_adapters_only() -> None:
     assert cost(MNIST, method("skip2-lora"), 4).forward_cached == 871_706 - 850_794
     assert cost(MNIST, method("ft-last"), 4).forward_cached == 2 * 84 * 10 + 10
     assert cost(MNIST, method("lora-all"), 4).forward_cached is None
 
 
-def test_network_totals():
+def test_network_totals() -> None:
     assert network_parameters(MNIST) == 61_706
     assert network_parameters(SVHN) == 62_006
     assert sum(linear_macs(MNIST)) == 416_520
 
 
-def test_batch_norm_is_counted():
+def test_batch_norm_is_counted() -> None:
     spec = dnn(256, 3)
     plain = 2 * (256 * 96 + 96 * 96 + 96 * 3) + 195 + 192
     assert cost(spec, method("skip-lora"), 4).forward == plain + 2 * 192 + 8 * (256 + 96 + 96) + 3 * 8 * 3
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_cost_grows_with_rank(name):
+def test_cost_grows_with_rank(name: str) -> None:
     one, two = (cost(MNIST, method(name), r) for r in (1, 2))
     assert (two.parameters > one.parameters) == (METHODS[name].adapters != "none")

@@ -154,8 +154,13 @@ class FineTuner:
             UsageError: an argument is out of range.
             DivergedError: the loss became NaN or Inf; an earlier adapter stays.
         """
-        m = self._check()
         rows, labels = self._samples(x, y)
+        return self.fit_prepared(rows, labels, progress=progress)
+
+    def fit_prepared(self: Self, x: Floats, y: NDArray[np.int32], *, progress: sgd.Progress | None = None) -> Self:
+        """As `fit`, for samples and labels that `data.load_samples` has already checked, scaled and normalised."""
+        m = self._check()
+        rows, labels = x, y
         warn_if_poor(labels, self.batch_size)
         store = self._open(m, rows)
         engine = self._engine()

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import files
-from ..errors import DataError, FileError
+from ..errors import DataError, FileError, UsageError
 from ..spec import NetSpec
 
 __all__ = ["MAX_BYTES", "Samples", "as_labels", "as_samples", "load_samples", "warn_if_poor"]
@@ -81,6 +81,7 @@ def as_samples(
 
     Raises:
         DataError: wrong type or shape, no samples, or NaN or Inf among the values.
+        UsageError: too many or too few values of mean or std.
     """
     values = np.asarray(x)
     if values.dtype != np.uint8 and values.dtype.kind != "f":
@@ -117,6 +118,9 @@ def _fit_shape(shape: tuple[int, ...], wanted: tuple[int, ...], name: str) -> tu
 
 
 def _normalise(rows: Floats, shape: tuple[int, ...], mean: Sequence[float], std: Sequence[float]) -> None:
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (0, 1, shape[0]):
+            raise UsageError(f"{name} must have one value or one a channel ({shape[0]}), not {len(values)}")
     by_channel = rows.reshape(rows.shape[0], shape[0], -1)
     if len(mean):
         by_channel -= np.asarray(mean, np.float32).reshape(1, -1, 1)

@@ -1,0 +1,879 @@
+"""What a person types. Every command prints its result on stdout and everything else on stderr.
+
+Exit status: 0 done; 2 wrong usage or unusable input, with one line that says what is wrong; 1 anything else.
+
+Imports that take time stay inside the commands, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from .errors import FileError, InstantFTError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from .adapters import Adapter
+    from .backbones.builtin import Network
+    from .data import Samples
+    from .engine import Engine, EpochStats, Floats
+    from .spec import NetSpec
+
+__all__ = ["main", "run"]
+
+BAR_AFTER = 1.0
+"""Seconds after which work shows a progress bar."""
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run())
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: without the program's name; None: those of the process.
+
+    Returns:
+        Exit status.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
+        try:
+            commands.main(None if arguments is None else list(arguments), prog_name="instantft", standalone_mode=False)
+            sys.stdout.flush()
+        except click.exceptions.NoArgsIsHelpError as e:
+            click.echo(e.ctx.get_help() if e.ctx else str(e), err=True)
+            return 2
+        except click.ClickException as e:
+            context = getattr(e, "ctx", None)
+            hint = f" (see {context.command_path} --help)" if context else ""
+            return _fail(e.format_message() + hint)
+        except click.exceptions.Exit as e:
+            return e.exit_code
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("interrupted; nothing was replaced", err=True)
+            return 130
+        except InstantFTError as e:
+            return _fail(str(e))
+        except MemoryError as e:
+            return _fail(f"the work must fit in memory, but it does not: {e or 'use fewer or smaller samples'}")
+        except BrokenPipeError:
+            _drop_stdout()
+            return 1
+        except OSError as e:
+            _drop_stdout()
+            return _fail(
+                f"files must be readable and writable, but {e.filename or 'the output'} is not: {e.strerror or e}"
+            )
+    return 0
+
+
+def _fail(message: str) -> int:
+    click.echo("error: " + " ".join(message.split()), err=True)
+    return 2
+
+
+def _drop_stdout() -> None:
+    """What could not be written will not be tried again when Python closes."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# -- options that several commands share -----------------------------------------------------------------------------
+
+_engine_option = click.option("--engine", metavar="native|reference", help="Who computes. [default: native]")
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+_threads_option = click.option("--threads", default=1, show_default=True, help="For running the frozen network.")
+_seed_option = click.option("--seed", default=0, show_default=True, help="Decides the whole result.")
+_momentum_option = click.option("--momentum", default=0.0, show_default=True, help="Of SGD, 0 to below 1.")
+_batch_option = click.option("--batch-size", default=20, show_default=True)
+_adapter_option = click.option("--adapter", metavar="DIR", help="Adapter to use with it. [default: none]")
+_history_option = click.option("--history", is_flag=True, help="Loss and accuracy of every epoch.")
+
+
+def _preprocessing_options(instead: str) -> Callable[[Command], Command]:
+    def add(command: Command) -> Command:
+        for name, what in (("--std", "Divide by this, per channel"), ("--mean", "Subtract this, per channel")):
+            command = click.option(name, metavar="V[,V…]", help=f"{what}. [default: {instead}]")(command)
+        return command
+
+    return add
+
+
+class _Lazy(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of the story, not of the alphabet
+
+
+def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        import instantft
+
+        click.echo(f"instantft {instantft.__version__}")
+        ctx.exit()
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
+def commands() -> None:
+    """Adapt a trained network on the device, in milliseconds, from about a thousand labelled samples."""
+
+
+# -- the commands ----------------------------------------------------------------------------------------------------
+
+
+@commands.command()
+@click.option("--out", default="demo", show_default=True, metavar="DIR", help="Where picture and files go.")
+@_seed_option
+@_engine_option
+@_json_option
+def demo(out: str, seed: int, engine: str | None, as_json: bool) -> None:
+    """The whole story on scikit-learn's digits, in under a minute: pre-train, drift, adapt, compare."""
+    from .demo import run_demo
+
+    def say(text: str) -> None:
+        click.echo(text, err=as_json)
+
+    result = run_demo(Path(out), seed, _engine(engine), say)
+    if as_json:
+        _print_json(result)
+
+
+@commands.command()
+@click.argument("net", metavar="dnn|lenet5")
+@click.option("--data", required=True, metavar="NPZ", help="Samples x and labels y to train on.")
+@click.option("--eval", "eval_path", metavar="NPZ", help="Samples and labels to measure accuracy on.")
+@click.option("--out", required=True, metavar="FILE", help="Base file to write (.safetensors).")
+@click.option("--hidden", default=96, show_default=True, help="Width of the dnn's hidden layers.")
+@click.option("--epochs", default=10, show_default=True)
+@click.option("--lr", default=0.1, show_default=True, help="Learning rate.")
+@_batch_option
+@_momentum_option
+@_seed_option
+@_preprocessing_options("not done")
+@_history_option
+@_engine_option
+@_json_option
+def pretrain(
+    net: str,
+    data: str,
+    eval_path: str | None,
+    out: str,
+    hidden: int,
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    momentum: float,
+    seed: int,
+    mean: str | None,
+    std: str | None,
+    history: bool,
+    engine: str | None,
+    as_json: bool,
+) -> None:
+    """Train a network from scratch and write it as a base file."""
+    from . import spec as specs
+    from .backbones.builtin import check_preprocessing
+    from .cost import network_parameters
+    from .data import as_samples, load_samples, warn_if_poor
+    from .solvers import sgd
+
+    if net not in ("dnn", "lenet5"):
+        raise UsageError(f"NET must be dnn or lenet5, not {net!r:.60}")
+    if not 1 <= hidden <= specs.MAX_WIDTH:
+        raise UsageError(f"--hidden must be 1 to {specs.MAX_WIDTH}, not {hidden}")
+    sgd.check_arguments(epochs=epochs, batch_size=batch_size, lr=lr, momentum=momentum, seed=seed)
+    samples = load_samples(data)
+    y = samples.labels
+    C = int(y.max()) + 1
+    spec = specs.dnn(samples.x.shape[1], C, hidden) if net == "dnn" else specs.lenet5(samples.shape, C)
+    means, stds = check_preprocessing(_values("--mean", mean), _values("--std", std), spec.input_shape)
+    test = load_samples(eval_path, spec, means, stds) if eval_path else None
+    _check_file_target(out)
+    warn_if_poor(y, batch_size)
+    x, _ = as_samples(samples.x, spec, means, stds, name=f"{data}: x")
+    chosen = _engine(engine)
+    began = time.perf_counter()
+    with _Bar("pre-training", epochs) as bar:
+        network, stats = sgd.pretrain(
+            chosen,
+            spec,
+            x,
+            y,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            momentum=momentum,
+            seed=seed,
+            mean=means,
+            std=stds,
+            progress=bar.update,
+        )
+    seconds = time.perf_counter() - began
+    accuracy = _accuracy(chosen, network, None, test) if test else None
+    network.save(out)
+    result = {
+        "network": net,
+        "base": out,
+        "hash": network.hash,
+        "parameters": network_parameters(spec),
+        "classes": C,
+        "samples": len(x),
+        "epochs": epochs,
+        "steps": epochs * math.ceil(len(x) / batch_size),
+        "loss": float(stats.loss[-1]),
+        "accuracy_train": int(stats.correct[-1]) / len(x),
+        "accuracy": accuracy,
+        "seconds": seconds,
+        "engine": chosen.name,
+    }
+    if history:
+        result["history"] = _history(stats, len(x))
+    if as_json:
+        return _print_json(result)
+    if history:
+        _print_history(result["history"])
+    click.echo(f"{net}: {network_parameters(spec):,} parameters, {epochs} epochs in {_time(seconds)}")
+    click.echo(f"accuracy in the last epoch {result['accuracy_train']:.1%}, on --eval {_percent(accuracy)}")
+    click.echo(f"base     {out}")
+
+
+@commands.command()
+@click.argument("base")
+@click.option("--data", required=True, metavar="NPZ", help="Samples x and labels y to adapt to.")
+@click.option("--eval", "eval_path", metavar="NPZ", help="Samples and labels to measure accuracy on, before and after.")
+@click.option("--out", required=True, metavar="DIR", help="Adapter to write; one that is there is replaced.")
+@click.option(
+    "--method",
+    default="skip2-lora",
+    show_default=True,
+    help="ft-all, ft-last, ft-bias, ft-all-lora, lora-all, lora-last, skip-lora or skip2-lora.",
+)
+@click.option(
+    "--cache",
+    metavar="CODEC",
+    help="fp32, fp16, int8, nf4, nf4-block64, relu4 or none. [default: fp32 for skip2-lora, else none]",
+)
+@click.option("--cache-capacity", type=int, metavar="N", help="Samples the cache has room for. [default: all]")
+@click.option("--cache-file", metavar="FILE", help="Keep the cache in a file. [default: in memory]")
+@click.option("--epochs", type=int, help="[default: 10]")
+@_batch_option
+@click.option("--lr", type=float, help="Learning rate. [default: 0.1]")
+@_momentum_option
+@click.option("--rank", default=4, show_default=True, help="Of the adapters.")
+@_seed_option
+@_threads_option
+@_preprocessing_options("that of BASE")
+@_engine_option
+@_history_option
+@click.option("--force", is_flag=True, help="Keep the new adapter whatever comes out. Nothing is turned down yet.")
+@_json_option
+def finetune(
+    base: str,
+    data: str,
+    eval_path: str | None,
+    out: str,
+    method: str,
+    cache: str | None,
+    cache_capacity: int | None,
+    cache_file: str | None,
+    epochs: int | None,
+    batch_size: int,
+    lr: float | None,
+    momentum: float,
+    rank: int,
+    seed: int,
+    threads: int,
+    mean: str | None,
+    std: str | None,
+    engine: str | None,
+    history: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Adapt the network in the file BASE to new samples, and write the adapter to a directory."""
+    from .adapters import check_target
+    from .data import load_samples
+    from .tuner import FineTuner
+    from .tuner import load as load_base
+
+    network = load_base(base)
+    chosen = _engine(engine)
+    tuner = FineTuner(
+        network,
+        method=method,
+        rank=rank,
+        cache=cache,
+        epochs=10 if epochs is None else epochs,
+        lr=0.1 if lr is None else lr,
+        batch_size=batch_size,
+        seed=seed,
+        threads=threads,
+        engine=chosen,
+        momentum=momentum,
+        cache_capacity=cache_capacity,
+        cache_file=cache_file,
+    )
+    check_target(out)
+    means, stds = _preprocessing(network, mean, std)
+    samples = load_samples(data, network.spec, means, stds)
+    test = load_samples(eval_path, network.spec, means, stds) if eval_path else None
+    before = _accuracy(chosen, network, None, test, threads) if test else None
+    with _Bar(f"fine-tuning ({method})", tuner.epochs) as bar:
+        tuner.fit_prepared(samples.x, samples.labels, progress=bar.update)
+    after = _accuracy(chosen, network, tuner.adapter, test, threads) if test else None
+    tuner.adapter.save(out)
+
+    fitted, store = tuner.result_, tuner.store_
+    result: dict[str, Any] = {
+        "method": method,
+        "accuracy_before": before,
+        "accuracy_after": after,
+        "accepted": True,
+        "seconds": {"fill": fitted.seconds.fill, "train": fitted.seconds.train, "total": fitted.seconds.total},
+        "steps": fitted.steps,
+        "epochs": tuner.epochs,
+        "trainable_parameters": tuner.adapter.parameters,
+        "cache": {
+            "codec": store.codec.name if store else None,
+            "bytes": store.nbytes if store else 0,
+            "bytes_per_sample": store.codec.bytes_per_sample(store.record) if store else 0,
+            "hits": store.hits if store else 0,
+            "misses": store.misses if store else 0,
+        },
+        "adapter": out,
+        "samples": len(samples.x),
+        "loss": float(fitted.stats.loss[-1]),
+        "engine": chosen.name,
+    }
+    if history:
+        result["history"] = _history(fitted.stats, len(samples.x))
+    if as_json:
+        return _print_json(result)
+    if history:
+        _print_history(result["history"])
+    s = fitted.seconds
+    click.echo(
+        f"{method}: {tuner.adapter.parameters:,} trainable parameters, {len(samples.x):,} samples, "
+        f"{tuner.epochs} epochs, {fitted.steps:,} steps"
+    )
+    if test:
+        click.echo(f"accuracy {_percent(before)} → {_percent(after)}")
+    click.echo(f"time     {_time(s.total)} ({_time(s.fill)} filling the cache, {_time(s.train)} training)")
+    if store:
+        click.echo(
+            f"cache    {store.codec.name}, {result['cache']['bytes_per_sample']:,} B a sample, "
+            f"{store.hits:,} hits, {store.misses:,} misses"
+        )
+    click.echo(f"adapter  {out}")
+
+
+@commands.command()
+@click.argument("base")
+@_adapter_option
+@click.option("--data", required=True, metavar="NPZ", help="Samples x and labels y.")
+@_preprocessing_options("that of BASE")
+@_threads_option
+@_engine_option
+@_json_option
+def evaluate(
+    base: str,
+    adapter: str | None,
+    data: str,
+    mean: str | None,
+    std: str | None,
+    threads: int,
+    engine: str | None,
+    as_json: bool,
+) -> None:
+    """Accuracy and loss on labelled samples, per class, and the confusion matrix."""
+    import numpy as np
+
+    from .table import format_table
+
+    network, chosen, samples, logits = _forward(base, adapter, data, mean, std, threads, engine, labels=True)
+    y, C = samples.labels, network.spec.C
+    predicted = logits.argmax(axis=1)
+    confusion = np.zeros((C, C), np.int64)
+    np.add.at(confusion, (y, predicted), 1)
+    counts, right = confusion.sum(axis=1), confusion.diagonal()
+    result: dict[str, Any] = {
+        "accuracy": float(right.sum() / len(y)),
+        "loss": _loss(logits, y),
+        "n": len(y),
+        "per_class": [
+            {"class": c, "n": int(counts[c]), "accuracy": float(right[c] / counts[c]) if counts[c] else None}
+            for c in range(C)
+        ],
+        "confusion_matrix": confusion.tolist(),
+        "engine": chosen.name,
+    }
+    if as_json:
+        return _print_json(result)
+    click.echo(f"accuracy {result['accuracy']:.2%}   loss {result['loss']:.4f}   n {len(y):,}\n")
+    if C > 30:
+        click.echo(
+            format_table(
+                ("class", "n", "accuracy"), [(p["class"], p["n"], _percent(p["accuracy"])) for p in result["per_class"]]
+            )
+        )
+        return click.echo(f"\nThe confusion matrix ({C}x{C}) is in --json.")
+    rows = [
+        (c, *(n or "·" for n in confusion[c].tolist()), int(counts[c]), _percent(result["per_class"][c]["accuracy"]))
+        for c in range(C)
+    ]
+    click.echo("Rows are the true class, columns the predicted one.")
+    click.echo(format_table(("true", *map(str, range(C)), "n", "accuracy"), rows))
+
+
+@commands.command()
+@click.argument("base")
+@_adapter_option
+@click.option("--data", required=True, metavar="NPZ", help="Samples x.")
+@click.option("--out", required=True, metavar="NPZ", help="Where logits, probabilities and label go.")
+@_preprocessing_options("that of BASE")
+@_threads_option
+@_engine_option
+@_json_option
+def predict(
+    base: str,
+    adapter: str | None,
+    data: str,
+    out: str,
+    mean: str | None,
+    std: str | None,
+    threads: int,
+    engine: str | None,
+    as_json: bool,
+) -> None:
+    """Predict samples; write logits, probabilities and label to an .npz."""
+    import io
+
+    import numpy as np
+
+    from . import files
+    from .tuner import probabilities
+
+    _check_file_target(out)
+    _, chosen, _, logits = _forward(base, adapter, data, mean, std, threads, engine, labels=False)
+    label = logits.argmax(axis=1)
+    buffer = io.BytesIO()
+    np.savez(buffer, logits=logits, probabilities=probabilities(logits), label=label)
+    files.write_whole(Path(out), buffer.getvalue(), "predictions")
+    if as_json:
+        return _print_json({"n": len(label), "out": out, "engine": chosen.name})
+    click.echo(f"{len(label):,} predictions in {out}")
+
+
+@commands.command()
+@click.argument("path", metavar="BASE|DIR")
+@click.option("--rank", default=4, show_default=True, help="Of the adapters whose cost is shown.")
+@_json_option
+def inspect(path: str, rank: int, as_json: bool) -> None:
+    """Layers, taps, shapes, parameters, FLOPs, and bytes a sample in the cache."""
+    from .adapters import Adapter
+    from .solvers import sgd
+    from .tuner import load as load_base
+
+    sgd.check_arguments(rank=rank)
+    result: dict[str, Any]
+    if Path(path).is_dir():
+        adapter = Adapter.load(path)
+        spec = adapter.spec
+        result = {
+            "kind": "adapter",
+            "method": adapter.method,
+            "rank": adapter.rank,
+            "base_hash": adapter.base_hash,
+            "trainable_parameters": adapter.parameters,
+            "tensors": {name: list(t.shape) for name, t in adapter.tensors.items()},
+            "training": dict(adapter.config),
+        }
+        rank = adapter.rank
+    else:
+        network = load_base(path)
+        spec = network.spec
+        result = {"kind": "base", "hash": network.hash, "mean": list(network.mean), "std": list(network.std)}
+    result |= _described(spec, rank)
+    if as_json:
+        return _print_json(result)
+    _print_inspection(path, result)
+
+
+@commands.command()
+@click.argument("base", required=False)
+@click.option("--data", metavar="NPZ", help="Samples and labels. [default: random ones]")
+@click.option("--samples", default=1024, show_default=True, help="How many random samples.")
+@click.option("--epochs", default=10, show_default=True)
+@_batch_option
+@click.option("--lr", default=0.05, show_default=True, help="Learning rate.")
+@click.option("--rank", default=4, show_default=True)
+@click.option("--repeat", default=3, show_default=True, help="Interleaved rounds; medians are shown.")
+@_threads_option
+@_seed_option
+@_engine_option
+@_json_option
+def bench(
+    base: str | None,
+    data: str | None,
+    samples: int,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    rank: int,
+    repeat: int,
+    threads: int,
+    seed: int,
+    engine: str | None,
+    as_json: bool,
+) -> None:
+    """Time every method side by side, with what one would use instead: PyTorch eager, logistic regression.
+
+    Without BASE, the network is an untrained lenet5 on 28x28.
+    """
+    import numpy as np
+
+    from .backbones.builtin import Network
+    from .bench import run_bench
+    from .data import load_samples
+    from .solvers import sgd
+    from .spec import lenet5
+    from .table import format_table
+    from .tuner import load as load_base
+
+    sgd.check_arguments(rank=rank, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, threads=threads)
+    for name, value, high in (("--samples", samples, 1 << 20), ("--repeat", repeat, 1000)):
+        if not 1 <= value <= high:
+            raise UsageError(f"{name} must be 1 to {high}, not {value}")
+    network = load_base(base) if base else Network.init(lenet5((1, 28, 28)), seed)
+    if data:
+        loaded = load_samples(data, network.spec, network.mean, network.std)
+        x, y = loaded.x, loaded.labels
+    else:
+        rng = np.random.default_rng([seed, 3])
+        if samples * network.spec.tap_widths[0] > 1 << 28:
+            raise UsageError(f"--samples must leave at most {1 << 28} values, not {samples} samples")
+        x = rng.random((samples, network.spec.tap_widths[0]), np.float32)
+        y = rng.integers(0, network.spec.C, samples).astype(np.int32)
+    chosen = _engine(engine)
+    with _Bar("benchmark", repeat) as bar:
+        rows = run_bench(
+            chosen,
+            network,
+            x,
+            y,
+            rank=rank,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            seed=seed,
+            threads=threads,
+            repeat=repeat,
+            progress=bar.update,
+        )
+    if as_json:
+        return _print_json({"engine": chosen.name, "samples": len(x), "epochs": epochs, "rows": rows})
+    click.echo(f"{len(x):,} samples, {epochs} epochs, batches of {batch_size}, median of {repeat} rounds\n")
+    click.echo(
+        format_table(
+            ("", "time", "fill", "skip2-lora is", "B a sample", "accuracy"),
+            [
+                (
+                    r["name"],
+                    _time(r["seconds"]),
+                    _time(r["fill"]) if r["fill"] else "–",
+                    f"{r['ratio']:.2f}×",
+                    r["bytes_per_sample"] or "–",
+                    _percent(r["accuracy"]),
+                )
+                for r in rows
+            ],
+        )
+    )
+    click.echo(
+        "\n“skip2-lora is” says how many times as fast Skip2-LoRA with its fp32 cache is. "
+        "Accuracy is on the samples adapted to."
+    )
+
+
+# -- what the commands share -----------------------------------------------------------------------------------------
+
+
+def _engine(name: str | None) -> Engine:
+    from .engine import get_engine
+
+    engine = get_engine(name)
+    if name is None and engine.name == "reference":
+        click.echo("warning: the compiled core is missing, so the slow NumPy engine computes", err=True)
+    return engine
+
+
+def _values(option: str, text: str | None) -> tuple[float, ...]:
+    if text is None:
+        return ()
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option} must be numbers with commas between them, not {text!r:.60}") from None
+
+
+def _preprocessing(network: Network, mean: str | None, std: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    from .backbones.builtin import check_preprocessing
+
+    means = network.mean if mean is None else _values("--mean", mean)
+    stds = network.std if std is None else _values("--std", std)
+    return check_preprocessing(means, stds, network.spec.input_shape)
+
+
+def _check_file_target(out: str) -> None:
+    """Refuse, before any work is done, a place where no file can come to be."""
+    try:
+        target = Path(os.path.realpath(out))
+        if target.is_dir() or (target.exists() and not target.is_file()):
+            raise FileError(f"--out must be a regular file, but {out} is a directory or device")
+        parent = next(p for p in target.parents if p.exists())
+        if not parent.is_dir():
+            raise FileError(f"--out must be in a directory, but {parent} is a file")
+        if not os.access(parent, os.W_OK):
+            raise FileError(f"--out must be in a writable directory, but {parent} is not")
+    except (OSError, ValueError) as e:
+        if isinstance(e, FileError):
+            raise
+        raise FileError(f"--out must be a usable file name, not {out!r:.80}: {e}") from None
+
+
+def _tensors(network: Network, adapter: Adapter | None) -> dict[str, Floats]:
+    return {**network.tensors, **(adapter.tensors if adapter else {})}
+
+
+def _forward(
+    base: str,
+    adapter_path: str | None,
+    data: str,
+    mean: str | None,
+    std: str | None,
+    threads: int,
+    engine: str | None,
+    labels: bool,
+) -> tuple[Network, Engine, Samples, Floats]:
+    from .adapters import Adapter
+    from .data import load_samples
+    from .solvers import sgd
+    from .tuner import load as load_base
+
+    sgd.check_arguments(threads=threads)
+    network = load_base(base)
+    adapter = Adapter.load(adapter_path, network) if adapter_path else None
+    means, stds = _preprocessing(network, mean, std)
+    samples = load_samples(data, network.spec, means, stds, labels=labels)
+    chosen = _engine(engine)
+    return network, chosen, samples, chosen.forward(network.spec, _tensors(network, adapter), samples.x, threads)
+
+
+def _accuracy(engine: Engine, network: Network, adapter: Adapter | None, test: Samples, threads: int = 1) -> float:
+    logits = engine.forward(network.spec, _tensors(network, adapter), test.x, threads)
+    return float((logits.argmax(axis=1) == test.labels).mean())
+
+
+def _loss(logits: Floats, y: NDArray[np.int32]) -> float:
+    """Mean cross-entropy."""
+    import numpy as np
+
+    z = logits.astype(np.float64)
+    z -= z.max(axis=1, keepdims=True)
+    return float((np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(y)), y]).mean())
+
+
+def _history(stats: EpochStats, T: int) -> list[dict[str, float]]:
+    pairs = zip(stats.loss.tolist(), stats.correct.tolist(), strict=True)
+    return [{"epoch": e + 1, "loss": loss, "accuracy": correct / T} for e, (loss, correct) in enumerate(pairs)]
+
+
+def _print_history(history: Any) -> None:
+    from .table import format_table
+
+    rows = [(h["epoch"], f"{h['loss']:.4f}", f"{h['accuracy']:.2%}") for h in history]
+    click.echo(format_table(("epoch", "loss", "accuracy"), rows) + "\n")
+
+
+def _described(spec: NetSpec, rank: int) -> dict[str, Any]:
+    from .cache.codecs import CODECS
+    from .cost import cost, linear_macs, network_parameters
+    from .methods import METHODS
+
+    layers = [
+        {
+            "layer": k,
+            "kind": y.kind,
+            "in": list(g.in_shape),
+            "out": list(g.out_shape),
+            "kernel": list(y.kernel) if y.kind == "conv" else None,
+            "padding": list(y.padding) if y.kind == "conv" else None,
+            "batch_norm": y.batch_norm,
+            "relu": y.relu,
+            "pool": y.pool,
+            "macs": macs,
+        }
+        for k, (y, g, macs) in enumerate(zip(spec.layers, spec.geometry, linear_macs(spec), strict=True))
+    ]
+    methods = []
+    for m in METHODS.values():
+        c = cost(spec, m, rank)
+        methods.append(
+            {
+                "method": m.name,
+                "trainable_parameters": c.parameters,
+                "forward_flops": c.forward,
+                "forward_flops_cached": c.forward_cached,
+                "backward_flops": c.backward,
+                "memory_bytes": c.memory,
+            }
+        )
+    return {
+        "input_shape": list(spec.input_shape),
+        "classes": spec.C,
+        "parameters": network_parameters(spec),
+        "layers": layers,
+        "taps": [{"name": f"x{k}", "size": n} for k, n in enumerate(spec.tap_widths)],
+        "record_floats": spec.record.size,
+        "cache_bytes_per_sample": {name: c.bytes_per_sample(spec.record) for name, c in CODECS.items()},
+        "rank_of_costs": rank,
+        "methods": methods,
+    }
+
+
+def _print_inspection(path: str, r: dict[str, Any]) -> None:
+    from .table import format_table
+
+    if r["kind"] == "adapter":
+        click.echo(f"adapter {path}: {r['method']}, rank {r['rank']}, {r['trainable_parameters']:,} parameters")
+        click.echo(f"of base {r['base_hash']}")
+        for name, shape in r["tensors"].items():
+            click.echo(f"  {name:<28} {_shape(shape)}")
+    else:
+        click.echo(f"base {path}: {r['parameters']:,} parameters, {r['classes']} classes\nhash {r['hash']}")
+        for name in ("mean", "std"):
+            if r[name]:
+                click.echo(f"{name} {', '.join(f'{v:g}' for v in r[name])}")
+    click.echo(
+        "\n"
+        + format_table(
+            ("layer", "tap", "in", "out", "then", "multiply-adds"),
+            [
+                (
+                    f"{y['layer']} {y['kind']}" + (f" {_shape(y['kernel'])}" if y["kernel"] else ""),
+                    f"x{y['layer']}: {r['taps'][y['layer']]['size']:,}",
+                    _shape(y["in"]),
+                    _shape(y["out"]),
+                    " ".join(
+                        [
+                            *(["norm"] if y["batch_norm"] else []),
+                            *(["relu"] if y["relu"] else []),
+                            *([f"pool {y['pool']}"] if y["pool"] > 1 else []),
+                        ]
+                    )
+                    or "–",
+                    f"{y['macs']:,}",
+                )
+                for y in r["layers"]
+            ],
+        )
+    )
+    click.echo(f"\nCost a sample, rank {r['rank_of_costs']}:")
+    click.echo(
+        format_table(
+            ("method", "parameters", "forward", "cached", "backward", "memory"),
+            [
+                (
+                    m["method"],
+                    f"{m['trainable_parameters']:,}",
+                    _flops(m["forward_flops"]),
+                    _flops(m["forward_flops_cached"]),
+                    _flops(m["backward_flops"]),
+                    f"{m['memory_bytes'] / 1000:,.1f} kB",
+                )
+                for m in r["methods"]
+            ],
+        )
+    )
+    click.echo(f"\nCache, {r['record_floats']:,} values a sample:")
+    click.echo(format_table(("codec", "bytes"), [(k, f"{v:,}") for k, v in r["cache_bytes_per_sample"].items()]))
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _flops(n: int | None) -> str:
+    if n is None:
+        return "–"
+    return f"{n / 1e6:.3f} M" if n >= 1e6 else f"{n / 1e3:.1f} k"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _percent(fraction: float | None) -> str:
+    return "–" if fraction is None else f"{fraction:.1%}"
+
+
+def _print_json(result: dict[str, Any]) -> None:
+    click.echo(json.dumps(_plain(result), allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN or Inf; they become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+class _Bar:
+    """A progress bar on stderr, if that is a terminal, and only once the work has taken a while."""
+
+    def __init__(self, label: str, length: int) -> None:
+        self._label = label
+        self._length = length
+        self._began = time.perf_counter()
+        self._bar: Any = None
+        self._terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.render_finish()
+
+    def update(self, done: int) -> None:
+        """`done` of `length` are done."""
+        if not self._terminal:
+            return
+        if self._bar is None:
+            if time.perf_counter() - self._began < BAR_AFTER or done >= self._length:
+                return
+            self._bar = click.progressbar(length=self._length, label=self._label, file=sys.stderr)
+            self._bar.render_progress()
+        self._bar.update(done - self._bar.pos)
