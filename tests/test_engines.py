@@ -112,6 +112,8 @@ def test_records(engine: Engine, net: str) -> None:
     got = engine.records(spec, tensors, x)
     expected = REFERENCE.records(spec, tensors, x)
     assert_near(got, expected, FORWARD)
+    network = {name: value for name, value in tensors.items() if name.startswith("layers.")}
+    np.testing.assert_array_equal(got, engine.records(spec, network, x))
     gaps = np.ones(spec.record.width, bool)
     for s in spec.record.segments:
         gaps[s.offset : s.offset + s.size] = False

@@ -82,6 +82,17 @@ def test_engine(engine: Engine, net: str, method: str) -> None:
     assert_close(got, torch_nets.gradients(spec, tensors, m, RANK, x, y), FLOAT32, tensors)
 
 
+@pytest.mark.parametrize("method", ["ft-last", "lora-all", "skip-lora"])
+@pytest.mark.parametrize("net", NETS)
+def test_forward(engine: Engine, net: str, method: str) -> None:
+    """Logits, with batch norm by its running statistics, adapters, gain and bias."""
+    spec, m, tensors, x, _ = case(net, method, 5)
+    t = torch_nets.to_torch(tensors, torch_nets.torch.float64)
+    wide = torch_nets.torch.tensor(x, dtype=torch_nets.torch.float64)
+    expected = torch_nets.forward(spec, t, m, wide, training=False).numpy()
+    assert np.abs(engine.forward(spec, tensors, x) - expected).max() <= FLOAT32 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("method", ["ft-all", "ft-bias", "ft-all-lora"])
 @pytest.mark.parametrize("B", [1, 6])
 def test_running_statistics(engine: Engine, method: str, B: int) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from instantft.errors import UsageError
-from instantft.methods import METHODS, adapter_types, connections, layer_types, method, trainable
+from instantft.methods import METHODS, Method, adapter_types, connections, layer_types, method, trainable
 from instantft.spec import dnn, lenet5
 
 from .nets import METHOD_NAMES
@@ -72,6 +72,21 @@ def test_cacheable() -> None:
     assert [m for m in METHOD_NAMES if METHODS[m].cacheable] == ["ft-last", "lora-last", "skip-lora", "skip2-lora"]
     assert [m for m in METHOD_NAMES if METHODS[m].cached] == ["skip2-lora"]
     assert [m for m in METHOD_NAMES if METHODS[m].rows_only] == ["lora-last", "skip-lora", "skip2-lora"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Method("m", "M", weights="all"),
+        Method("m", "M", biases="all"),
+        Method("m", "M", norms="beta"),
+        Method("m", "M", norms="train", adapters="skip"),
+        Method("m", "M", adapters="layers"),
+    ],
+)
+def test_not_cacheable(row: Method) -> None:
+    """Each of these alone obsoletes what lies below the last layer's output."""
+    assert not row.cacheable
 
 
 def test_batch_norm() -> None:

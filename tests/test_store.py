@@ -184,6 +184,14 @@ def test_memory_must_suffice() -> None:
         memory_store("fp32", RECORD, 10**12)
 
 
+def test_memory_is_asked_for_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Systems hand out more memory than they have; so the machine's size counts, not what it promises."""
+    monkeypatch.setattr("instantft.cache.store._physical_memory", lambda: 10_000.0)
+    memory_store("fp32", RECORD, 8)
+    with pytest.raises(UsageError, match="a cache of 100 samples must fit in memory"):
+        memory_store("fp32", RECORD, 100)
+
+
 def test_disk_must_suffice(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"must fit on its disk, but needs \d+ bytes of \d+ free"):
         open_store(tmp_path / "cache", "fp32", RECORD, 10**12, "net", "data")
