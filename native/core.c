@@ -562,8 +562,7 @@ static void forward(const ift_plan *p, const float *params, const float *frozen,
             const ift_layer *last = &p->layer[p->L - 1];
             for (int s = 0; s < S; s++)
                 for (int c = 0; c < p->C; c++)
-                    logits[(i + s) * p->C + c] = params[p->gain] * ws[last->z_rows + (ptrdiff_t)s * last->Mp + c] +
-                                                 params[p->bias + c];
+                    logits[(i + s) * p->C + c] = ws[last->z_rows + (ptrdiff_t)s * last->Mp + c] + params[p->bias + c];
             continue;
         }
         frozen_rows(p, frozen, at, S, rows, ws);

@@ -284,6 +284,12 @@ static void conv_forward(const ift_plan *p, const float *params, int k, int S, c
     }
 }
 
+/* y = gain·c + …: the gain is the frozen output's alone, not the adapters'. */
+static void scale_rows(float gain, int S, int Mp, float *z) {
+    if (gain == 1.0f) return;
+    for (ptrdiff_t i = 0; i < (ptrdiff_t)S * Mp; i++) z[i] *= gain;
+}
+
 static void fc_forward(const ift_plan *p, const float *params, int k, int S, int train, float *ws) {
     const ift_layer *y = &p->layer[k];
     int adapter = y->d.train & IFT_LAYER_ADAPTER;
@@ -293,6 +299,7 @@ static void fc_forward(const ift_plan *p, const float *params, int k, int S, int
     if (!y->d.batch_norm) z = out;
     gemm(S, y->Mp, y->N, rows, y->Np, 1, w, y->Mp, z, y->Mp, FROM_BIAS, bias,
          y->d.relu && !adapter && !y->d.batch_norm);
+    if (k + 1 == p->L) scale_rows(params[p->gain], S, y->Mp, z);
     if (adapter) {
         project(p, S, rows, y->Np, params + y->t[IFT_ROLE_LAYER_A].offset, y->Np, ws + y->h, ws);
         gemm(S, y->Mp, p->Rp, ws + y->h, 1, p->batch_p, params + y->t[IFT_ROLE_LAYER_B].offset, y->Mp, z, y->Mp, FROM_C,
@@ -349,10 +356,11 @@ static void fc_back(const ift_plan *p, const float *params, float *grads, int k,
         for (ptrdiff_t i = 0; i < (ptrdiff_t)S * y->Mp; i++) g[i] = out[i] > 0 ? g[i] : 0;
     }
     if (y->d.batch_norm) bn_rows_back(y, params, grads, S, ws);
+    if (bits & IFT_LAYER_ADAPTER) adapter_back(p, y, params, grads, S, ws);
+    if (k + 1 == p->L) scale_rows(params[p->gain], S, y->Mp, g);
     if (bits & IFT_B) column_sums(g, S, y->Mp, grads + y->t[IFT_ROLE_BIAS].offset);
     if (bits & IFT_W)
         gemm(y->N, y->Mp, S, rows, 1, y->Np, g, y->Mp, grads + y->t[IFT_ROLE_W].offset, y->Mp, FROM_ZERO, NULL, 0);
-    if (bits & IFT_LAYER_ADAPTER) adapter_back(p, y, params, grads, S, ws);
     if (!(bits & IFT_X)) return;
     /* gx in rows: the gradient of the layer below, or, below a flatten, on its way to lanes */
     const ift_layer *below = &p->layer[k - 1];
@@ -458,11 +466,10 @@ static double general_step(const ift_plan *p, ift_job *job, int S, const float *
     const ift_layer *last = &p->layer[p->L - 1];
     int ld = (int)ift_pad(S);
     general_forward(p, job->params, S, x, rec, 1, ws);
-    float gain = job->params[p->gain];
     const float *bias = job->params + p->bias;
     for (int s = 0; s < S; s++)
         for (int c = 0; c < p->C; c++)
-            z[(ptrdiff_t)c * ld + s] = gain * ws[last->z_rows + (ptrdiff_t)s * last->Mp + c] + bias[c];
+            z[(ptrdiff_t)c * ld + s] = ws[last->z_rows + (ptrdiff_t)s * last->Mp + c] + bias[c];
     for (int c = 0; c < p->C; c++)
         for (int s = S; s < ld; s++) z[(ptrdiff_t)c * ld + s] = 0;
     int64_t hits = 0;
@@ -474,7 +481,6 @@ static double general_step(const ift_plan *p, ift_job *job, int S, const float *
     float *g = ws + last->g_rows;
     for (int s = 0; s < S; s++)
         for (int c = p->C; c < last->Mp; c++) g[(ptrdiff_t)s * last->Mp + c] = 0;
-    for (int i = 0; i < p->C * ld; i++) z[i] *= gain;
     to_class_rows(p->C, last->Mp, S, ld, z, g);
     for (int k = p->L - 1; k >= p->first; k--) {
         if (p->layer[k].d.kind == IFT_FC) fc_back(p, job->params, job->grads, k, S, ws);
