@@ -34,7 +34,7 @@ __all__ = ["Row", "make_digits", "picture", "run_demo"]
 
 ANGLE = 65.0
 PRETRAIN, FINETUNE = 800, 500
-EPOCHS = 20
+EPOCHS = 30
 LR = 0.02
 PRETRAIN_LR = 0.05
 PRETRAIN_EPOCHS = {"native": 20, "reference": 6}
@@ -242,36 +242,41 @@ def picture(rows: list[Row], before: float, upright: float) -> bytes:
         )
     axes.set_xscale("log")
     low, high = min(r.seconds for r in rows) * 1e3, max(r.seconds for r in rows) * 1e3
-    axes.set_xlim(low / 2, high * 2.2)
+    axes.set_xlim(low / 2, high * 2)
+    ticks = [m * 10.0**e for e in range(-3, 7) for m in (1, 2, 5) if low / 2 <= m * 10.0**e <= high * 2]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set_xticks([], minor=True)
     bottom = 100 * min([before, *(r.accuracy for r in rows)])
-    axes.set_ylim(max(0, bottom - 8), 103)
-    for value, text in ((before, "not adapted"), (upright, "before the drift")):
+    axes.set_ylim(max(0, bottom - 10), 106)
+    lines = []
+    for value, text in ((before, "not adapted"), (upright, "upright digits, before the drift")):
         axes.axhline(100 * value, color="#95a5a6", linestyle=":", linewidth=1.2, zorder=1)
-        axes.annotate(
-            f"{text}: {value:.1%}",
-            (low / 2, 100 * value),
-            xytext=(6, 4),
-            textcoords="offset points",
-            fontsize=8.5,
-            color="#5d6d7e",
+        lines.append(
+            axes.annotate(
+                f"{text}: {value:.1%}",
+                (low / 2, 100 * value),
+                xytext=(6, 4),
+                textcoords="offset points",
+                fontsize=8.5,
+                color="#5d6d7e",
+            )
         )
-    axes.set_xlabel("time of the whole fine-tuning (ms, one thread; log scale)")
+    axes.set_xlabel("time of the whole fine-tuning (ms, one thread, log scale)")
     axes.set_ylabel("accuracy on other turned digits (%)")
-    axes.set_title(f"Digits turned by {ANGLE:.0f}°: up and to the left is better", fontsize=11, loc="left")
+    axes.set_title(f"Digits turned by {ANGLE:.0f}°: up and to the left is better", fontsize=11, loc="left", pad=28)
     axes.grid(True, which="major", color="#ecf0f1", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False, fontsize=8.5)
-    _label(figure, axes, rows)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, frameon=False, fontsize=8.5, handletextpad=0.2)
     figure.tight_layout()
+    _label(figure, axes, rows, lines)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)
     return buffer.getvalue()
 
 
-def _label(figure: Any, axes: Any, rows: list[Row]) -> None:
+def _label(figure: Any, axes: Any, rows: list[Row], lines: list[Any]) -> None:
     """Name every point, each name where it covers neither points nor other names."""
-    figure.tight_layout()
     renderer = figure.canvas.get_renderer()
     taken = [
         (px - 7, py - 7, px + 7, py + 7)
@@ -279,6 +284,7 @@ def _label(figure: Any, axes: Any, rows: list[Row]) -> None:
     ]
     scale = figure.dpi / 72
     taken = [(a - 2 * scale, b - 2 * scale, c + 2 * scale, d + 2 * scale) for a, b, c, d in taken]
+    taken += [tuple(line.get_window_extent(renderer).extents) for line in lines]
     frame = axes.get_window_extent()
     spots = [
         (9, -3, "left"),

@@ -137,6 +137,19 @@ class FineTuner:
             raise
         return self
 
+    _estimator_type = "classifier"
+    """What scikit-learn before 1.6 asks instead of the tags."""
+
+    def __sklearn_tags__(self) -> Any:
+        """What scikit-learn asks before it searches or validates; only it calls this, so it is installed."""
+        from sklearn.utils import ClassifierTags, Tags, TargetTags
+
+        return Tags(
+            estimator_type="classifier",
+            target_tags=TargetTags(required=True),
+            classifier_tags=ClassifierTags(),
+        )
+
     def __repr__(self) -> str:
         settings = ", ".join(f"{k}={v!r}" for k, v in self.get_params().items() if k != "base" and v is not None)
         return f"FineTuner({settings})"

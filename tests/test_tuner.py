@@ -1,0 +1,235 @@
+"""FineTuner has scikit-learn's habits, and remembers its samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instantft.adapters import Adapter
+from instantft.backbones.builtin import Network
+from instantft.engine import Engine
+from instantft.errors import DataError, DivergedError, MismatchError, UsageError
+from instantft.methods import METHODS, method
+from instantft.tuner import FineTuner, load, probabilities
+
+from . import samples
+
+BASE = samples.base()
+X, Y = samples.blobs()
+
+
+def tuner(**settings: Any) -> FineTuner:
+    return FineTuner(BASE, **{"engine": "reference", "epochs": 5, **settings})
+
+
+def test_fit_predict_score(engine: Engine) -> None:
+    t = tuner(engine=engine, epochs=40)
+    assert t.fit(X, Y) is t
+    assert t.score(X, Y) > 0.9
+    logits = t.decision_function(X)
+    assert logits.shape == (60, 3)
+    np.testing.assert_array_equal(t.predict(X), logits.argmax(axis=1))
+    np.testing.assert_allclose(t.predict_proba(X).sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(t.classes_, [0, 1, 2])
+    assert t.n_features_in_ == 6
+    assert len(t.history_["loss"]) == len(t.history_["accuracy"]) == 40
+    assert t.history_["accuracy"][-1] > 0.9
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_saved_adapters_predict_the_same(tmp_path: Path, name: str) -> None:
+    t = tuner(method=name).fit(X, Y)
+    t.adapter.save(tmp_path / "a")
+    BASE.save(tmp_path / "b.safetensors")
+    again = tuner(method=name)
+    again.base = load(tmp_path / "b.safetensors")
+    again.adapter_ = Adapter.load(tmp_path / "a", again.base)
+    np.testing.assert_array_equal(again.decision_function(X), t.decision_function(X))
+
+
+def test_inputs_of_every_kind() -> None:
+    base = samples.base(samples.IMAGES)
+    x = np.random.default_rng(0).integers(0, 256, (12, 2, 6, 5)).astype(np.uint8)
+    y = np.arange(12) % 4
+    t = FineTuner(base, engine="reference", batch_size=4, epochs=1).fit(x, y)
+    want = t.decision_function(x)
+    scaled = (x * np.float32(1 / 255)).astype(np.float32)
+    for other in (scaled, scaled.reshape(12, 60), scaled.astype(np.float64)):
+        np.testing.assert_allclose(t.decision_function(other), want, rtol=1e-5, atol=1e-6)
+
+
+def test_preprocessing_of_the_base_is_applied() -> None:
+    shifted = FineTuner(Network(BASE.spec, BASE.tensors, (1.0,), (2.0,)), engine="reference").fit(2 * X + 1, Y)
+    np.testing.assert_allclose(
+        shifted.decision_function(2 * X + 1), tuner(epochs=10).fit(X, Y).decision_function(X), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_clone_and_parameters() -> None:
+    sklearn_base = pytest.importorskip("sklearn.base")
+    t = tuner(rank=3, cache="nf4").fit(X, Y)
+    copy = sklearn_base.clone(t)
+    assert copy.get_params() == t.get_params()
+    assert copy.base is t.base
+    assert not hasattr(copy, "adapter_")
+    assert "rank=3" in repr(copy)
+    with pytest.raises(UsageError, match="rank must be"):
+        copy.set_params(rank=0, lr=0.5)
+    assert copy.get_params() == t.get_params()
+    assert copy.set_params(lr=0.5).lr == 0.5
+    with pytest.raises(UsageError, match=r"parameter must be one of .*, not 'depth'"):
+        copy.set_params(depth=3)
+
+
+def test_scikit_learn_can_search_over_it() -> None:
+    selection = pytest.importorskip("sklearn.model_selection")
+    scores = selection.cross_val_score(tuner(epochs=30), X, Y, cv=3)
+    assert scores.mean() > 0.8
+
+
+def test_cache_settings() -> None:
+    assert tuner().fit(X, Y).store_ is not None
+    assert tuner(cache="none").fit(X, Y).store_ is None
+    assert tuner(method="skip-lora").fit(X, Y).store_ is None
+    t = tuner(method="ft-last", cache="nf4", cache_capacity=7).fit(X, Y)
+    assert t.store_ is not None
+    assert (t.store_.codec.name, t.store_.capacity) == ("nf4", 7)
+
+
+def test_partial_fit_goes_on_and_numbers_on() -> None:
+    t = tuner()
+    for n in range(1, 4):
+        t.partial_fit(X[:20], Y[:20])
+        assert t.next_number_ == 20 * n
+        assert len(t.history_["loss"]) == n
+    assert t.store_ is not None
+    assert t.store_.misses == 60
+    assert t.history_["loss"][2] < t.history_["loss"][0]
+
+
+def test_partial_fit_after_fit_starts_from_its_adapter() -> None:
+    t = tuner().fit(X, Y)
+    before = t.adapter
+    t.partial_fit(X[:10] * 1.1, Y[:10])
+    assert t.adapter is not before
+    assert t.next_number_ == 70
+    assert t.score(X, Y) > 0.5
+
+
+def test_revisited_samples_are_not_computed_again() -> None:
+    t = tuner()
+    t.partial_fit(X, Y)
+    assert t.store_ is not None
+    t.partial_fit(X[:10], Y[:10], numbers=np.arange(10))
+    assert (t.store_.hits, t.store_.misses) == (10, 60)
+    assert t.next_number_ == 60
+    t.forget([3])
+    t.partial_fit(X[:10], Y[:10], numbers=np.arange(10))
+    assert t.store_.misses == 61
+
+
+def test_revisiting_equals_running_again() -> None:
+    cached, fresh = tuner(), tuner(cache="none")
+    for t in (cached, fresh):
+        t.partial_fit(X, Y)
+        t.partial_fit(X[5:25], Y[5:25], numbers=np.arange(5, 25))
+    np.testing.assert_array_equal(cached.decision_function(X), fresh.decision_function(X))
+
+
+@pytest.mark.parametrize("codec", ["fp32", "nf4"])
+def test_a_growing_cache_keeps_its_records(codec: str) -> None:
+    t = tuner(cache=codec)
+    for start in range(0, 60, 5):
+        t.partial_fit(X[start : start + 5], Y[start : start + 5])
+    assert t.store_ is not None
+    assert t.store_.held(np.arange(60)).all()
+    t.partial_fit(X, Y, numbers=np.arange(60))
+    assert (t.store_.hits, t.store_.misses) == (60, 60)
+
+
+def test_a_bounded_stream_keeps_the_newest() -> None:
+    t = tuner(cache_capacity=10)
+    for start in range(0, 60, 5):
+        t.partial_fit(X[start : start + 5], Y[start : start + 5])
+    assert t.store_ is not None
+    assert t.store_.capacity == 10
+    assert t.store_.held(np.arange(50, 60)).all()
+
+
+def test_cache_file_serves_the_next_run(tmp_path: Path) -> None:
+    file = tmp_path / "cache"
+    first = tuner(cache_file=file).fit(X, Y)
+    second = tuner(cache_file=file).fit(X, Y)
+    assert first.store_ is not None
+    assert second.store_ is not None
+    assert (first.store_.misses, second.store_.misses) == (60, 0)
+    np.testing.assert_array_equal(first.decision_function(X), second.decision_function(X))
+    with pytest.raises(MismatchError, match="data set"):
+        tuner(cache_file=file).fit(X + 1, Y)
+    with pytest.raises(UsageError, match="cache_file"):
+        tuner(cache_file=file).partial_fit(X, Y)
+
+
+def test_failure_keeps_the_old_adapter() -> None:
+    t = tuner().fit(X, Y)
+    old, history = t.adapter, t.history_
+    t.set_params(lr=1e30)
+    with pytest.raises(DivergedError):
+        t.fit(X, Y)
+    with pytest.raises(DivergedError):
+        t.partial_fit(X, Y)
+    assert t.adapter is old
+    assert t.history_ is history
+
+
+def test_nothing_fitted_yet() -> None:
+    with pytest.raises(UsageError, match="fit must come before"):
+        tuner().predict(X)
+    tuner().forget([1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"rank": 0}, "rank must be an integer from 1 to 4096, not 0"),
+        ({"batch_size": -1}, "batch_size must be .*, not -1"),
+        ({"epochs": 0}, "epochs must be .*, not 0"),
+        ({"lr": float("nan")}, "lr must be .*, not nan"),
+        ({"threads": 0}, "threads must be"),
+        ({"method": "magic"}, "method must be one of .*, not 'magic'"),
+        ({"cache": "gzip"}, "codec must be one of .*, not 'gzip'"),
+        ({"cache": 4}, "cache must be the name of a codec, not 4"),
+        ({"cache": "fp32", "method": "ft-all"}, "a cache must go with a method .* not ft-all"),
+        ({"cache_capacity": 0}, "cache_capacity must be at least 1 sample, not 0"),
+        ({"cache_capacity": 5, "method": "skip-lora"}, "must go with a cache"),
+        ({"base": "file"}, "base must be a Network, .* not str"),
+    ],
+)
+def test_arguments_out_of_range(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        FineTuner(**{"base": BASE, **settings})
+
+
+@pytest.mark.parametrize("numbers", [[0, 1], [0.5] * 60, [-1] * 60, [0] * 60])
+def test_bad_numbers(numbers: list[Any]) -> None:
+    with pytest.raises(DataError, match="numbers must"):
+        tuner().partial_fit(X, Y, numbers=numbers)
+
+
+def test_small_data_warn_only_in_fit() -> None:
+    with pytest.warns(UserWarning, match="fewer samples"):
+        tuner().fit(X[:5], Y[:5])
+
+
+def test_every_cacheable_method_takes_a_cache() -> None:
+    for name in METHODS:
+        if method(name).cacheable:
+            assert tuner(method=name, cache="fp16").fit(X, Y).store_ is not None
+
+
+def test_probabilities_survive_large_logits() -> None:
+    p = probabilities(np.array([[1e30, -1e30], [0, 0]], np.float32))
+    np.testing.assert_array_equal(p, [[1, 0], [0.5, 0.5]])
