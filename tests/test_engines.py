@@ -24,6 +24,11 @@ STEPS = 5e-5
 """Of the largest change of a tensor. Gradients agree to 2e-6 to 2e-5 (test_gradients), and at a learning rate that does
 not blow differences up, errors of six to fourteen steps add up to a few times that."""
 
+STEPS_ON_BATCH_STATISTICS = 4e-3
+"""The same where batch norm uses batch statistics. Of two or three samples a channel's deviation may be as small as 0.01
+(√1e-5 at the least), and dividing by it makes rounding a hundred times larger in such a step: on the worst of these
+cases the reference itself is 1.4e-3 away from the same training in float64. Single steps are held to test_gradients."""
+
 REFERENCE = ReferenceEngine()
 CACHED = [name for name, m in METHODS.items() if m.cacheable]
 
@@ -71,10 +76,16 @@ def train(
 def assert_same_training(got: tuple, expected: tuple) -> None:
     before, after, stats = expected
     assert set(got[1]) == set(after)
+    batch_statistics = any(".bn.running_" in name for name in after)
+    tolerance = STEPS_ON_BATCH_STATISTICS if batch_statistics else STEPS
     for name, value in after.items():
         change = np.abs(value - before[name]).max()
+        beta = name.replace("bias", "bn.bias")
+        if batch_statistics and name != beta and beta in after:
+            # batch norm takes a bias before it out again: its gradient is zero but for rounding
+            change = np.abs(after[beta] - before[beta]).max()
         rounding = 2.0**-21 * np.abs(value).max()  # a tensor is rounded once a step
-        assert np.abs(got[1][name] - value).max() <= STEPS * change + rounding, name
+        assert np.abs(got[1][name] - value).max() <= tolerance * change + rounding, name
     np.testing.assert_allclose(got[2].loss, stats.loss, rtol=1e-5)
     np.testing.assert_array_equal(got[2].correct, stats.correct)
     assert got[2].diverged_at == stats.diverged_at
