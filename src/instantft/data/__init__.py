@@ -125,7 +125,8 @@ def _normalise(rows: Floats, shape: tuple[int, ...], mean: Sequence[float], std:
     if len(mean):
         by_channel -= np.asarray(mean, np.float32).reshape(1, -1, 1)
     if len(std):
-        by_channel /= np.asarray(std, np.float32).reshape(1, -1, 1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            by_channel /= np.asarray(std, np.float32).reshape(1, -1, 1)
     if (len(mean) or len(std)) and not np.isfinite(rows).all():
         raise DataError("samples must stay finite after --mean and --std, but some became NaN or Inf")
 

@@ -1,0 +1,68 @@
+"""The demo: its digits, its picture, and that it runs to the end and leaves what it promises."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instantft import demo
+from instantft.adapters import Adapter
+from instantft.backbones.builtin import Network
+from instantft.data import load_samples
+from instantft.engine import Engine, get_engine
+from instantft.errors import UsageError
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+
+def test_digits_are_upsampled_in_place() -> None:
+    images, labels = demo.make_digits(0)
+    assert images.shape == (1797, 28, 28)
+    assert images.dtype == np.uint8
+    assert images.max() == 255
+    assert sorted(set(labels)) == list(range(10))
+    weights = demo._bilinear(8, 28)
+    np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(weights @ np.arange(8), np.clip((np.arange(28) + 0.5) * 8 / 28 - 0.5, 0, 7), rtol=1e-5)
+    assert (demo.make_digits(1)[1] != labels).any()
+
+
+def test_upsampling_is_that_of_torch() -> None:
+    torch = pytest.importorskip("torch")
+    small = np.random.default_rng(0).random((1, 1, 8, 8)).astype(np.float32)
+    wanted = torch.nn.functional.interpolate(torch.from_numpy(small), size=(28, 28), mode="bilinear").numpy()
+    weights = demo._bilinear(8, 28)
+    np.testing.assert_allclose(weights @ small @ weights.T, wanted, atol=1e-6)
+
+
+def test_the_whole_story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Engine = get_engine()
+    for name, value in (("PRETRAIN", 60), ("FINETUNE", 40), ("EPOCHS", 2)):
+        monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr(demo, "PRETRAIN_EPOCHS", {"native": 1, "reference": 1})
+    monkeypatch.setattr(demo, "CONTESTANTS", (("ft-last", None), ("skip2-lora", "fp32"), ("skip2-lora", "relu4")))
+    said: list[str] = []
+    got: dict[str, Any] = demo.run_demo(tmp_path / "demo", 0, engine, said.append)
+    assert [r["method"] for r in got["rows"]] == ["ft-last", "skip2-lora", "skip2-lora"]
+    text = "\n".join(said)
+    assert "Skip2-LoRA relu4" in text
+    assert "instantft finetune" in text
+    base = Network.load(got["base"])
+    Adapter.load(got["adapter"], base)
+    for name, T in (("pretrain", 60), ("finetune", 40), ("test", 1697)):
+        assert len(load_samples(tmp_path / "demo" / f"{name}.npz", base.spec).x) == T
+    assert Path(got["picture"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_missing_extras_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, package in (("matplotlib", "matplotlib"), ("sklearn.datasets", "scikit-learn")):
+        with monkeypatch.context() as m:
+            m.setitem(sys.modules, module, None)
+            with pytest.raises(UsageError, match=rf"needs {package}, .* pip install 'instantft\[demo\]'"):
+                demo.run_demo(tmp_path / "demo", 0, get_engine("reference"), lambda _: None)
+    assert not (tmp_path / "demo").exists()
