@@ -25,8 +25,8 @@ STEPS = 5e-5
 not blow differences up, errors of six to fourteen steps add up to a few times that."""
 
 STEPS_ON_BATCH_STATISTICS = 4e-3
-"""The same where batch norm uses batch statistics. Of two or three samples a channel's deviation may be as small as 0.01
-(√1e-5 at the least), and dividing by it makes rounding a hundred times larger in such a step: on the worst of these
+"""The same where batch norm uses batch statistics. Of two or three samples a channel's deviation may be as small as
+0.01 (√1e-5 at the least), and dividing by it makes rounding a hundred times larger in such a step: on the worst of these
 cases the reference itself is 1.4e-3 away from the same training in float64. Single steps are held to test_gradients."""
 
 REFERENCE = ReferenceEngine()
