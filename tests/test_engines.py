@@ -26,8 +26,9 @@ not blow differences up, errors of six to fourteen steps add up to a few times t
 
 STEPS_ON_BATCH_STATISTICS = 4e-3
 """The same where batch norm uses batch statistics. Of two or three samples a channel's deviation may be as small as
-0.01 (√1e-5 at the least), and dividing by it makes rounding a hundred times larger in such a step: on the worst of these
-cases the reference itself is 1.4e-3 away from the same training in float64. Single steps are held to test_gradients."""
+0.01 (√1e-5 at the least), and dividing by it makes rounding a hundred times larger in such a step: on the worst of
+these cases the reference itself is 1.4e-3 away from the same training in float64. Single steps are held to
+test_gradients."""
 
 REFERENCE = ReferenceEngine()
 CACHED = [name for name, m in METHODS.items() if m.cacheable]
