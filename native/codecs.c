@@ -42,18 +42,22 @@ INLINE float from_half(uint16_t h) {
 /* The least bfloat16 that is not below a nonnegative f. */
 static uint16_t bf16_up(float f) { return (uint16_t)((bits_of(f) + 0xffffu) >> 16); }
 
-static float absmax(const float *x, int n) {
-    float m = 0;
-    for (int i = 0; i < n; i++) {
-        float a = fabsf(x[i]);
-        m = a > m ? a : m;
+/* The largest |x|, or the largest x where `positive` (at least 0). */
+static float peak(const float *x, int n, int positive) {
+    vf m = vset(0);
+    int i = 0;
+    for (; i + IFT_VL <= n; i += IFT_VL) {
+        vf v = vload(x + i);
+        m = vmax(positive ? v : vmax(v, vset(0) - v), m);
     }
-    return m;
-}
-static float maximum(const float *x, int n) {
-    float m = 0;
-    for (int i = 0; i < n; i++) m = x[i] > m ? x[i] : m;
-    return m;
+    float top = 0, lane[IFT_VL];
+    vstore(lane, m);
+    for (int l = 0; l < IFT_VL; l++) top = lane[l] > top ? lane[l] : top;
+    for (; i < n; i++) {
+        float v = positive ? x[i] : fabsf(x[i]);
+        top = v > top ? v : top;
+    }
+    return top;
 }
 
 static float nearest(float v) { /* ties to even, |v| < 2^22 */
@@ -63,21 +67,63 @@ static float nearest(float v) { /* ties to even, |v| < 2^22 */
 
 static const float smallest = 1e-30f; /* below it a group counts as zeros: 1/m must stay finite */
 
+#if IFT_VL > 1
+typedef uint8_t vbytes __attribute__((vector_size(IFT_VL)));
+typedef uint32_t vwords __attribute__((vector_size(IFT_VL * 4)));
+INLINE void store_codes(uint8_t *code, vi c) {
+    vbytes b = __builtin_convertvector((vwords)c, vbytes);
+    memcpy(code, &b, sizeof b);
+}
+#endif
+
+/* 15 steps from 0: min(15, round(max(x, 0)·inv)) */
 static void encode_steps(const float *x, int n, float inv, uint8_t *code) {
-    for (int i = 0; i < n; i++) {
+    int i = 0;
+#if IFT_VL > 1
+    for (; i + IFT_VL <= n; i += IFT_VL) {
+        vf v = vmax(vload(x + i), vset(0)) * vset(inv);
+        v = vset(0) - vmax(vset(0) - v, vset(-15));
+        v = v + vset(12582912.0f); /* the rounded value is now in the low bits */
+        store_codes(code + i, (vi)v & 15);
+    }
+#endif
+    for (; i < n; i++) {
         float v = x[i] > 0 ? x[i] * inv : 0;
         v = nearest(v < 15 ? v : 15);
         code[i] = (uint8_t)(int32_t)v;
     }
 }
 
+/* How many of the 15 thresholds between levels lie below x·inv. */
 static void encode_nf4(const float *x, int n, float inv, uint8_t *code) {
-    float t[15];
+    float t[16];
     for (int j = 0; j < 15; j++) t[j] = (float)(((double)nf4_levels[j] + (double)nf4_levels[j + 1]) / 2);
-    for (int i = 0; i < n; i++) {
+    t[15] = INFINITY;
+    int i = 0;
+#if IFT_VL == 16
+    const __m512 table = _mm512_loadu_ps(t);
+    for (; i + 16 <= n; i += 16) { /* binary search, four looks into the table */
+        __m512 v = (__m512)(vload(x + i) * vset(inv));
+        __m512i c = _mm512_setzero_si512();
+        UNROLL for (int step = 8; step; step /= 2) {
+            __m512i probe = _mm512_add_epi32(c, _mm512_set1_epi32(step - 1));
+            __mmask16 above = _mm512_cmp_ps_mask(v, _mm512_permutexvar_ps(probe, table), _CMP_GT_OQ);
+            c = _mm512_mask_add_epi32(c, above, c, _mm512_set1_epi32(step));
+        }
+        store_codes(code + i, (vi)c);
+    }
+#elif IFT_VL > 1
+    for (; i + IFT_VL <= n; i += IFT_VL) {
+        vf v = vload(x + i) * vset(inv);
+        vi c = (vi){0};
+        UNROLL for (int j = 0; j < 15; j++) c -= v > vset(t[j]);
+        store_codes(code + i, c);
+    }
+#endif
+    for (; i < n; i++) {
         float v = x[i] * inv;
         int32_t c = 0;
-        UNROLL for (int j = 0; j < 15; j++) c += v > t[j];
+        for (int j = 0; j < 15; j++) c += v > t[j];
         code[i] = (uint8_t)c;
     }
 }
@@ -142,7 +188,7 @@ void codec_encode(const ift_plan *p, const ift_codec *c, const float *row, uint8
         float m = 0;
         for (; next < c->runs_n && c->runs[next].scale == c->runs[r].scale; next++) {
             const ift_run *u = &c->runs[next];
-            float a = four && u->levels == 0 ? maximum(row + u->at, u->n) : absmax(row + u->at, u->n);
+            float a = peak(row + u->at, u->n, four && u->levels == 0);
             m = a > m ? a : m;
         }
         float scale = 0, inv = 0;
@@ -166,44 +212,91 @@ void codec_encode(const ift_plan *p, const ift_codec *c, const float *row, uint8
         }
     }
     if (four)
-        for (int i = 0; i < c->codes_n / 2; i++)
-            out[c->codes_at + i] = (uint8_t)(scratch[2 * i] | scratch[2 * i + 1] << 4);
+        for (int i = 0; i < c->codes_n / 2; i++) { /* two codes a byte, the first one low */
+            uint16_t two;
+            memcpy(&two, scratch + 2 * i, 2);
+            out[c->codes_at + i] = (uint8_t)(two | two >> 4);
+        }
 }
 
 #if IFT_VL == 16
-/* 16 codes a step: one 16-entry permute looks them all up. Writes past a run are put right by the next one. */
+/* 32 codes a step: a 16-entry permute looks them up, two more put low and high nibbles in turn. An odd start only
+ * changes who is first. Writes past a run are put right by the next one, and a segment's last run stays in its row. */
 static void decode_run(const ift_run *u, const uint8_t *codes, float scale, float *out) {
-    typedef uint32_t vu __attribute__((vector_size(64)));
-    typedef uint32_t hu __attribute__((vector_size(32)));
-    const vu shift = {0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
     const vf steps = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    vf table = (u->levels ? vload(nf4_levels) : steps) * vset(scale);
+    const __m512 table = (__m512)((u->levels ? vload(nf4_levels) : steps) * vset(scale));
+    const __m512i left = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i right = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     const uint8_t *p = codes + (u->code >> 1);
-    int odd = (u->code & 1) * 4;
-    for (int i = 0; i < u->n; i += 16, p += 8) {
-        uint64_t w, next = p[8];
-        memcpy(&w, p, 8);
-        w = odd ? w >> 4 | next << 60 : w;
-        hu low = (hu){0} + (uint32_t)w, high = (hu){0} + (uint32_t)(w >> 32);
-        union { hu half[2]; vu all; } both = {{low, high}};
-        vi index = (vi)(both.all >> shift);
-        vstore(out + i, (vf)_mm512_permutexvar_ps((__m512i)index, (__m512)table));
+    int odd = u->code & 1;
+    for (int i = 0; i < u->n; i += 32, p += 16) {
+        __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
+        __m512 first = _mm512_permutexvar_ps(b, table), second = _mm512_permutexvar_ps(_mm512_srli_epi32(b, 4), table);
+        if (odd) {
+            b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p + 1)));
+            first = second;
+            second = _mm512_permutexvar_ps(b, table);
+        }
+        _mm512_storeu_ps(out + i, _mm512_permutex2var_ps(first, left, second));
+        if (u->n - i > 16) _mm512_storeu_ps(out + i + 16, _mm512_permutex2var_ps(first, right, second));
     }
 }
 #else
 static void decode_run(const ift_run *u, const uint8_t *codes, float scale, float *out) {
+    const uint8_t *p = codes + (u->code >> 1);
+    int i = 0, n = u->n, odd = u->code & 1;
+#if IFT_VL > 1
+    /* whole vectors; what they write past a run is put right by the next one */
+    const uint32_t first = (uint32_t)odd * 4;
+    for (; i < n; i += IFT_VL, p += IFT_VL / 2) {
+        uint64_t w;
+        memcpy(&w, p, 8);
+        uint32_t nibbles = (uint32_t)(w >> first);
+#if IFT_VL == 8
+        const vwords shift = {0, 4, 8, 12, 16, 20, 24, 28};
+#else
+        const vwords shift = {0, 4, 8, 12};
+#endif
+        vi index = (vi)((((vwords){0} + nibbles) >> shift) & 15);
+        vf v;
+        if (!u->levels) {
+            v = __builtin_convertvector(index, vf);
+        } else {
+#if IFT_VL == 8
+            __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(nf4_levels), (__m256i)index);
+            __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(nf4_levels + 8), (__m256i)index);
+            v = (vf)_mm256_blendv_ps(low, high, (__m256)(index << 28));
+#else
+            v = (vf){nf4_levels[index[0]], nf4_levels[index[1]], nf4_levels[index[2]], nf4_levels[index[3]]};
+#endif
+        }
+        vstore(out + i, v * vset(scale));
+    }
+#else
     float table[16];
     for (int j = 0; j < 16; j++) table[j] = (u->levels ? nf4_levels[j] : (float)j) * scale;
-    const uint8_t *p = codes + (u->code >> 1);
-    int i = 0, n = u->n;
-    if (u->code & 1) out[i++] = table[*p++ >> 4];
+    if (odd) out[i++] = table[*p++ >> 4];
     for (; i + 1 < n; i += 2, p++) {
         out[i] = table[*p & 15];
         out[i + 1] = table[*p >> 4];
     }
     if (i < n) out[i] = table[*p & 15];
+#endif
 }
 #endif
+
+static void decode_int8(const int8_t *code, int n, float scale, float *out) {
+#if IFT_VL > 1
+    typedef int8_t vchars __attribute__((vector_size(IFT_VL)));
+    for (int i = 0; i < n; i += IFT_VL) {
+        vchars b;
+        memcpy(&b, code + i, sizeof b);
+        vstore(out + i, __builtin_convertvector(b, vf) * vset(scale));
+    }
+#else
+    for (int i = 0; i < n; i++) out[i] = (float)code[i] * scale;
+#endif
+}
 
 void codec_decode(const ift_plan *p, const ift_codec *c, const uint8_t *in, float *row) {
     if (c->id == IFT_FP32) {
@@ -221,8 +314,7 @@ void codec_decode(const ift_plan *p, const ift_codec *c, const uint8_t *in, floa
             memcpy(&scale, in + 4 * u->scale, 4);
         }
         if (c->id == IFT_INT8) {
-            const int8_t *code = (const int8_t *)in + c->codes_at + u->code;
-            for (int i = 0; i < u->n; i++) row[u->at + i] = (float)code[i] * scale;
+            decode_int8((const int8_t *)in + c->codes_at + u->code, u->n, scale, row + u->at);
         } else {
             decode_run(u, in + c->codes_at, scale, row + u->at);
         }

@@ -404,7 +404,8 @@ static void skip_velocity(const ift_plan *p, const ift_job *job, int move) {
 
 /* One batch: forward, loss, backward, update. Returns the loss sum; *finite 0 and nothing updated if it is not. */
 static double skip_step(const ift_plan *p, ift_job *job, int S, const float *const *x, const float *const *rec,
-                        const int32_t *labels, int64_t *correct) {
+                        const float *const *next_x, const float *const *next_rec, const int32_t *labels,
+                        int64_t *correct) {
     float *ws = job->workspace, *params = job->params;
     int ld = (S + IFT_VL - 1) / IFT_VL * IFT_VL;
 #if IFT_VL < 4
@@ -428,7 +429,7 @@ static double skip_step(const ift_plan *p, ift_job *job, int S, const float *con
     for (int k = p->skip_first; k < p->L; k++, J += p->Rp) {
         const ift_layer *y = &p->layer[k];
         float *a = target + y->t[IFT_ROLE_SKIP_A].offset;
-        outer(S, k ? rec : x, k ? y->tap : 0, p->Rp, dh + (ptrdiff_t)J * ld, ld, a, y->Np, y->Np);
+        outer(S, k ? rec : x, k ? next_rec : next_x, k ? y->tap : 0, p->Rp, dh + (ptrdiff_t)J * ld, ld, a, y->Np, y->Np);
     }
     if (job->velocity) skip_velocity(p, job, 1);
     return loss;
@@ -535,8 +536,20 @@ static int64_t epochs(const ift_plan *p, ift_job *job, const int32_t *order, int
                     }
                 }
                 step++;
-                double batch = p->general ? general_step(p, job, S, c.x + b, c.rec + b, labels, &correct[e])
-                                          : skip_step(p, job, S, c.x + b, c.rec + b, labels, &correct[e]);
+                double batch;
+                if (p->general) {
+                    batch = general_step(p, job, S, c.x + b, c.rec + b, labels, &correct[e]);
+                } else {
+                    int64_t after = i + b + S; /* the next full batch, where there is one in this epoch */
+                    const float **next = T - after >= S ? (const float **)(void *)(ws + p->ws_pointers) : NULL;
+                    for (int s = 0; next && s < S; s++) {
+                        int32_t row = order[after + s];
+                        const uint8_t *at = job->codec && job->codec->id == IFT_FP32 ? held(job, job->numbers[row]) : NULL;
+                        next[s] = job->x + row * job->x_pitch;
+                        next[S + s] = at ? (const float *)(const void *)at : c.rec[b + s];
+                    }
+                    batch = skip_step(p, job, S, c.x + b, c.rec + b, next, next ? next + S : NULL, labels, &correct[e]);
+                }
                 if (!isfinite(batch)) return step;
                 loss[e] += batch;
             }

@@ -84,8 +84,73 @@ static void gemm(int m, int n, ptrdiff_t K, const float *a, ptrdiff_t ai, ptrdif
     }
 }
 
-/* h[r][s] = Σ_n x[s][n] · a[r][n] for four ranks and ns samples; a zero stands in for samples that are not there, so
- * that every sample's sum is taken in the same order. */
+/* acc[s][r] summed within each vector, to h[r][s]: in-register adds and shuffles, the same tree for every sample. */
+INLINE void reduce_tile(int ns, vf acc[4][4], float *h, ptrdiff_t ldh) {
+#if IFT_VL == 1
+    UNROLL for (int r = 0; r < 4; r++) UNROLL for (int s = 0; s < ns; s++) h[r * ldh + s] = acc[s][r];
+#else
+    vf w[4]; /* in each quarter: the four ranks' sums over that quarter */
+    UNROLL for (int s = 0; s < 4; s++) {
+        vf *a = acc[s];
+        if (s >= ns) {
+            w[s] = vset(0);
+            continue;
+        }
+#if IFT_VL == 16
+#define LOWS 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
+#define HIGHS 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31
+#define FIRSTS 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define LASTS 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#elif IFT_VL == 8
+#define LOWS 0, 8, 1, 9, 4, 12, 5, 13
+#define HIGHS 2, 10, 3, 11, 6, 14, 7, 15
+#define FIRSTS 0, 1, 8, 9, 4, 5, 12, 13
+#define LASTS 2, 3, 10, 11, 6, 7, 14, 15
+#else
+#define LOWS 0, 4, 1, 5
+#define HIGHS 2, 6, 3, 7
+#define FIRSTS 0, 1, 4, 5
+#define LASTS 2, 3, 6, 7
+#endif
+        vf u = SHUFFLE(vi, a[0], a[1], LOWS) + SHUFFLE(vi, a[0], a[1], HIGHS);
+        vf v = SHUFFLE(vi, a[2], a[3], LOWS) + SHUFFLE(vi, a[2], a[3], HIGHS);
+        w[s] = SHUFFLE(vi, u, v, FIRSTS) + SHUFFLE(vi, u, v, LASTS);
+    }
+    v4 t[4]; /* t[s] = the four ranks of sample s */
+#if IFT_VL == 16
+    vf p = SHUFFLE(vi, w[0], w[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           SHUFFLE(vi, w[0], w[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    vf q = SHUFFLE(vi, w[2], w[3], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           SHUFFLE(vi, w[2], w[3], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    vf all = SHUFFLE(vi, p, q, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+             SHUFFLE(vi, p, q, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    all = SHUFFLE(vi, all, all, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    memcpy(t, &all, sizeof t);
+    UNROLL for (int r = 0; r < 4; r++) {
+        if (ns == 4) v4store(h + r * ldh, t[r]);
+        else UNROLL for (int s = 0; s < ns; s++) h[r * ldh + s] = t[r][s];
+    }
+#else
+    UNROLL for (int s = 0; s < ns; s++) t[s] = vfold(w[s]);
+#if IFT_MANY_REGISTERS
+    if (ns == 4) {
+        v4 a = SHUFFLE(i4, t[0], t[2], 0, 4, 1, 5), b = SHUFFLE(i4, t[0], t[2], 2, 6, 3, 7);
+        v4 c = SHUFFLE(i4, t[1], t[3], 0, 4, 1, 5), d = SHUFFLE(i4, t[1], t[3], 2, 6, 3, 7);
+        v4store(h, SHUFFLE(i4, a, c, 0, 4, 1, 5)), v4store(h + ldh, SHUFFLE(i4, a, c, 2, 6, 3, 7));
+        v4store(h + 2 * ldh, SHUFFLE(i4, b, d, 0, 4, 1, 5)), v4store(h + 3 * ldh, SHUFFLE(i4, b, d, 2, 6, 3, 7));
+        return;
+    }
+#endif
+    UNROLL for (int r = 0; r < 4; r++) UNROLL for (int s = 0; s < ns; s++) h[r * ldh + s] = t[s][r];
+#endif
+#undef LOWS
+#undef HIGHS
+#undef FIRSTS
+#undef LASTS
+#endif
+}
+
+/* h[r][s] = Σ_n x[s][n] · a[r][n] for four ranks and ns samples. */
 INLINE void dot_tile(int ns, const float *const *x, ptrdiff_t shift, const float *a, ptrdiff_t lda, int n, float *h,
                      ptrdiff_t ldh) {
     vf acc[4][4];
@@ -100,14 +165,7 @@ INLINE void dot_tile(int ns, const float *const *x, ptrdiff_t shift, const float
             UNROLL for (int r = 0; r < 4; r++) acc[s][r] += v * ar[r];
         }
     }
-#if IFT_VL == 1
-    UNROLL for (int r = 0; r < 4; r++) UNROLL for (int s = 0; s < ns; s++) h[r * ldh + s] = acc[s][r];
-#else
-    /* sums of one sample over its four ranks, then turned so that samples lie together */
-    float t[4][4];
-    UNROLL for (int s = 0; s < ns; s++) v4store(t[s], vsum4(acc[s][0], acc[s][1], acc[s][2], acc[s][3]));
-    UNROLL for (int r = 0; r < 4; r++) UNROLL for (int s = 0; s < ns; s++) h[r * ldh + s] = t[s][r];
-#endif
+    reduce_tile(ns, acc, h, ldh);
 }
 
 /* h (R, ldh) = A · Xᵀ: rows x[s] + shift of n floats (a multiple of IFT_PAD), R a multiple of 4. */
@@ -121,14 +179,15 @@ static void dot(int S, const float *const *x, ptrdiff_t shift, int R, const floa
 }
 
 /* a[r][i…] += Σ_s g[r][s] · x[s][i…] for four ranks and v vectors. */
-INLINE void outer_tile(int v, int S, const float *g, ptrdiff_t ldg, const float *const *x, ptrdiff_t shift, float *a,
-                       ptrdiff_t lda) {
+INLINE void outer_tile(int v, int S, const float *g, ptrdiff_t ldg, const float *const *x, const float *const *next,
+                       ptrdiff_t shift, float *a, ptrdiff_t lda) {
     vf acc[4][OUTER_V];
     UNROLL for (int r = 0; r < 4; r++) UNROLL for (int j = 0; j < v; j++) acc[r][j] = vload(a + r * lda + j * IFT_VL);
     for (int s = 0; s < S; s++) {
         const float *p = x[s] + shift;
         vf row[OUTER_V];
         UNROLL for (int j = 0; j < v; j++) row[j] = vload(p + j * IFT_VL);
+        if (next) UNROLL for (int j = 0; j < v * IFT_VL; j += IFT_PAD) __builtin_prefetch(next[s] + shift + j, 0, 2);
         UNROLL for (int r = 0; r < 4; r++) {
             vf w = vset(g[r * ldg + s]);
             UNROLL for (int j = 0; j < v; j++) acc[r][j] += w * row[j];
@@ -137,16 +196,17 @@ INLINE void outer_tile(int v, int S, const float *g, ptrdiff_t ldg, const float 
     UNROLL for (int r = 0; r < 4; r++) UNROLL for (int j = 0; j < v; j++) vstore(a + r * lda + j * IFT_VL, acc[r][j]);
 }
 
-/* A (R, n) += G (R, S) · X (S, n): the update of an adapter in one pass, without a gradient buffer. */
-static void outer(int S, const float *const *x, ptrdiff_t shift, int R, const float *g, ptrdiff_t ldg, float *a,
+/* A (R, n) += G (R, S) · X (S, n): the update of an adapter in one pass, without a gradient buffer. What the next batch
+ * will read is fetched meanwhile (next: its rows, as many as x), since records mostly wait in a far cache. */
+static void outer(int S, const float *const *x, const float *const *next, ptrdiff_t shift, int R, const float *g, ptrdiff_t ldg, float *a,
                   ptrdiff_t lda, int n) {
     for (int r = 0; r < R; r += 4) {
         const float *gr = g + r * ldg;
         float *ar = a + r * lda;
         int i = 0;
         for (; i + OUTER_V * IFT_VL <= n; i += OUTER_V * IFT_VL)
-            outer_tile(OUTER_V, S, gr, ldg, x, shift + i, ar + i, lda);
-        for (; i < n; i += IFT_VL) outer_tile(1, S, gr, ldg, x, shift + i, ar + i, lda);
+            outer_tile(OUTER_V, S, gr, ldg, x, r ? NULL : next, shift + i, ar + i, lda);
+        for (; i < n; i += IFT_VL) outer_tile(1, S, gr, ldg, x, NULL, shift + i, ar + i, lda);
     }
 }
 
