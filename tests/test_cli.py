@@ -496,11 +496,21 @@ def test_a_missing_core_is_a_warning(here: Path, run: Run, monkeypatch: pytest.M
     def missing() -> Any:
         raise EngineError("the compiled core is not built")
 
-    monkeypatch.setattr(engine, "_native", missing)
+    monkeypatch.delenv("INSTANTFT_ISA", raising=False)
     monkeypatch.setitem(engine.ENGINES, "native", missing)
     status, _, err = run("evaluate", "base.safetensors", "--data", "test.npz")
     assert status == 0
-    assert err == "warning: the compiled core is missing, so the slow NumPy engine computes\n"
+    assert err == "warning: the compiled core is not built; the slow NumPy engine computes\n"
     status, _, err = run("evaluate", "base.safetensors", "--data", "test.npz", "--engine", "native")
     assert status == 2
     assert err == "error: the compiled core is not built\n"
+
+
+def test_a_forced_instruction_set_that_is_not_there_is_an_error(
+    here: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INSTANTFT_ISA", "abacus")
+    status, _, err = run("evaluate", "base.safetensors", "--data", "test.npz")
+    assert status == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1

@@ -134,7 +134,7 @@ def test_a_last_update_that_overflows_is_noticed() -> None:
 
 @pytest.mark.parametrize("name", [m for m in METHODS if not method(m).cacheable])
 def test_a_cache_needs_a_cacheable_method(name: str) -> None:
-    with pytest.raises(UsageError, match=f"not {name}"):
+    with pytest.raises(UsageError, match=f"frozen activations as they are, not {name}"):
         sgd.fit(REFERENCE, BASE, name, X, Y, store=memory_store("fp32", BASE.spec.record, 45))
 
 

@@ -185,6 +185,17 @@ def test_failure_keeps_the_old_adapter() -> None:
     assert t.history_ is history
 
 
+def test_another_base_starts_anew() -> None:
+    t = tuner().fit(X, Y)
+    t.set_params(base=samples.base(seed=1))
+    with pytest.raises(MismatchError, match=BASE.hash):
+        t.partial_fit(X, Y)
+    t.set_params(rank=2)  # an adapter of another rank cannot be gone on with anyway, and old records do not serve
+    t.partial_fit(X, Y, numbers=np.arange(60))
+    assert t.store_ is not None
+    assert t.store_.misses == 60
+
+
 def test_nothing_fitted_yet() -> None:
     with pytest.raises(UsageError, match="fit must come before"):
         tuner().predict(X)

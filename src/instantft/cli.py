@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from .errors import FileError, InstantFTError, UsageError
+from .errors import EngineError, FileError, InstantFTError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -621,10 +621,15 @@ def bench(
 def _engine(name: str | None) -> Engine:
     from .engine import get_engine
 
-    engine = get_engine(name)
-    if name is None and engine.name == "reference":
-        click.echo("warning: the compiled core is missing, so the slow NumPy engine computes", err=True)
-    return engine
+    if name is not None:
+        return get_engine(name)
+    try:
+        return get_engine("native")
+    except EngineError as e:
+        if os.environ.get("INSTANTFT_ISA"):
+            raise  # who asks for one instruction set does not want another engine
+        click.echo(f"warning: {' '.join(str(e).split())}; the slow NumPy engine computes", err=True)
+        return get_engine("reference")
 
 
 def _values(option: str, text: str | None) -> tuple[float, ...]:

@@ -316,7 +316,7 @@ class FineTuner:
         if name is None:
             return None
         old: Store | None = getattr(self, "store_", None)
-        if old is not None and (old.codec.name != name or old.record != self.base.spec.record):
+        if old is not None and (old.codec.name, self.adapter.base_hash) != (name, self.base.hash):
             old = None
         needed = int(numbers.max()) + 1
         if self.cache_capacity is not None:

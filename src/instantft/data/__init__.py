@@ -225,7 +225,7 @@ def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, key: str, path:
         )
     with archive.open(info) as f:
         shape, order, dtype, start = _read_header(f, key, path)
-        if dtype.hasobject or dtype.kind not in "biufc":
+        if dtype.kind not in "biufc":
             raise DataError(
                 f"{path}: {key} must be plain numbers, not {str(dtype)[:60]}; pickled objects are never loaded"
             )
