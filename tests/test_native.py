@@ -108,9 +108,7 @@ def test_order_must_stay_inside_the_data() -> None:
     spec, m = NETS["dnn"], METHODS["skip-lora"]
     tensors = tensors_for(spec, m)
     x, y = samples_for(spec, 5)
-    trainer = NativeEngine().trainer(
-        spec, tensors, m, 4, x, y, numbers=np.arange(5), store=None, batch_size=2, lr=0.1
-    )
+    trainer = NativeEngine().trainer(spec, tensors, m, 4, x, y, numbers=np.arange(5), store=None, batch_size=2, lr=0.1)
     for bad in (5, -1):
         with pytest.raises(UsageError, match="order must hold rows 0 to 4, not"):
             trainer.epochs(np.array([[0, 1, bad]], np.int32))
@@ -120,14 +118,18 @@ def test_isa_is_forced_by_the_environment() -> None:
     code = "from instantft.engine import get_engine; print(get_engine('native').isa)"
     for isa in isas():
         done = subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "INSTANTFT_ISA": isa}, capture_output=True, text=True
+            [sys.executable, "-c", code],
+            check=False,
+            env={**os.environ, "INSTANTFT_ISA": isa},
+            capture_output=True,
+            text=True,
         )
         assert done.stdout.strip() == isa, done.stderr
 
 
 def test_unknown_isa_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INSTANTFT_ISA", "mmx")
-    with pytest.raises(EngineError, match="INSTANTFT_ISA must be one of .*scalar.*, not 'mmx'"):
+    with pytest.raises(EngineError, match=r"INSTANTFT_ISA must be one of .*scalar.*, not 'mmx'"):
         NativeEngine()
 
 

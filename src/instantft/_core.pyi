@@ -18,7 +18,7 @@ class Plan:
     stride: int
     codec_bytes: int
     def __init__(
-        self, layers: NDArray[np.int32], input: tuple[int, int, int], rank: int, batch: int, codec_id: int
+        self, layers: NDArray[np.int32], shape: tuple[int, int, int], rank: int, batch: int, codec_id: int
     ) -> None: ...
     def tensors(self) -> list[tuple[int, int, int, int, int, int]]: ...
 

@@ -258,7 +258,9 @@ def _resolve(shape: tuple[int, ...], layers: tuple[LayerSpec, ...]) -> tuple[Geo
             parameters += layer.out * math.prod(shape)
         elif layer.kind == "conv":
             if len(shape) != 3:
-                raise UsageError(f"layer {k}: a conv layer must come before the first fc, but its input is {list(shape)}")
+                raise UsageError(
+                    f"layer {k}: conv layers must come before the first fc, but its input is {list(shape)}"
+                )
             linear = _conv_shape(k, layer, (shape[0], shape[1], shape[2]))
             parameters += layer.out * shape[0] * layer.kernel[0] * layer.kernel[1]
         else:
@@ -286,7 +288,7 @@ def _conv_shape(k: int, layer: LayerSpec, shape: tuple[int, int, int]) -> tuple[
     for n, kernel, padding in zip(shape[1:], layer.kernel, layer.padding, strict=True):
         if kernel < 1 or not 0 <= padding < kernel:
             raise UsageError(
-                f"layer {k}: kernel must be at least 1 and padding 0 to kernel-1, not kernel {kernel}, padding {padding}"
+                f"layer {k}: kernel must be at least 1 and padding 0 to kernel-1, not {kernel} and {padding}"
             )
         side = n + 2 * padding - kernel + 1
         if side < 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -91,7 +92,7 @@ def _aligned(n: int) -> Floats:
 def _rows(x: Floats) -> Floats:
     """x (T, N) with every row padded by zeros to a multiple of PAD floats; x itself where that holds already."""
     T, N = x.shape
-    if N == pad(N) and x.flags.c_contiguous and x.dtype == np.float32:
+    if pad(N) == N and x.flags.c_contiguous and x.dtype == np.float32:
         return x
     rows = np.zeros((T, pad(N)), np.float32)
     rows[:, :N] = x
@@ -188,7 +189,7 @@ def _spread(n: int, threads: int, work: Callable[[int, int], None]) -> None:
         return
     cuts = [pad(n * i // parts) for i in range(parts)] + [n]
     with ThreadPoolExecutor(parts) as pool:
-        for done in [pool.submit(work, a, b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a]:
+        for done in [pool.submit(work, a, b) for a, b in pairwise(cuts) if b > a]:
             done.result()
 
 
@@ -350,7 +351,7 @@ class NativeTrainer:
         """Run whole epochs; see Trainer.epochs."""
         order = np.ascontiguousarray(order, np.int32)
         E, T = order.shape
-        if T and not (0 <= int(order.min()) and int(order.max()) < len(self._x)):
+        if T and (order.min() < 0 or order.max() >= len(self._x)):
             raise UsageError(f"order must hold rows 0 to {len(self._x) - 1}, not {order.min()} to {order.max()}")
         loss, correct = np.zeros(E), np.zeros(E, np.int64)
         store = self._store
