@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instantft import demo
+from instantft import cli, demo
 from instantft.adapters import Adapter
 from instantft.backbones.builtin import Network
 from instantft.data import load_samples
@@ -51,7 +51,9 @@ def test_the_whole_story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [r["method"] for r in got["rows"]] == ["ft-last", "skip2-lora", "skip2-lora"]
     text = "\n".join(said)
     assert "Skip2-LoRA relu4" in text
-    assert "instantft finetune" in text
+    commands = [line.split()[1:] for line in text.splitlines() if line.strip().startswith("instantft ")]
+    assert [c[0] for c in commands] == ["evaluate", "finetune", "inspect"]
+    assert [cli.run(c) for c in commands] == [0, 0, 0]
     base = Network.load(got["base"])
     Adapter.load(got["adapter"], base)
     for name, T in (("pretrain", 60), ("finetune", 40), ("test", 1697)):

@@ -162,7 +162,7 @@ def run_demo(out: Path, seed: int, engine: Engine, say: Callable[[str], None]) -
         f"\n4. All of it took {elapsed:.0f} s. The picture is {picture_path}. Go on with:\n\n"
         f"   instantft evaluate {base_path} --adapter {adapter_path} --data {out / 'test.npz'}\n"
         f"   instantft finetune {base_path} --data {out / 'finetune.npz'} --eval {out / 'test.npz'} "
-        f"--cache relu4 --out {out / 'mine'}\n"
+        f"--lr {LR} --epochs {EPOCHS} --cache relu4 --out {out / 'mine'}\n"
         f"   instantft inspect  {base_path}"
     )
     return {

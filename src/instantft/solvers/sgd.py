@@ -308,7 +308,7 @@ def _orders(rng: np.random.Generator, count: int, T: int) -> NDArray[np.int32]:
     keys |= np.arange(T).astype(key)
     keys.sort(axis=1)
     keys &= low
-    return keys.astype(np.int32)
+    return keys.view(np.int32) if key is np.uint32 else keys.astype(np.int32)
 
 
 def _finite(tensors: Tensors, steps: int, lr: float) -> dict[str, Floats]:
