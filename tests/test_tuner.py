@@ -193,7 +193,7 @@ def test_another_base_starts_anew() -> None:
     t.set_params(rank=2)  # an adapter of another rank cannot be gone on with anyway, and old records do not serve
     t.partial_fit(X, Y, numbers=np.arange(60))
     assert t.store_ is not None
-    assert t.store_.misses == 60
+    assert (t.store_.hits, t.store_.misses) == (0, 60)
 
 
 def test_nothing_fitted_yet() -> None:
