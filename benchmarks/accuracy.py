@@ -9,8 +9,11 @@ fine-tuned on, the adapters' start and the order of the samples. PyTorch gets th
 left between the two is rounding. Accuracy is measured on samples that neither side has trained on: for the images all
 8,976 others of the test set, turned alike. Means and standard deviations over the seeds, in percent.
 
-Settings the papers state are theirs (epochs, B=20, R=4, lr 0.1 for the images). They do not state a learning rate for
-the DNN; see `TASKS`.
+Settings the papers state are theirs (epochs, B=20, R=4, lr 0.1 for the images). For the DNN they state no learning
+rate. Of 0.01, 0.02, 0.05 and 0.1, fine-tuning has 0.02: the largest at which no method diverges on any of the three
+sets (LoRA-All does at 0.05 on HAR and at 0.1 on the fan); Skip2-LoRA moves by less than a point between 0.01 and 0.1.
+Pre-training has 0.05, at which the accuracies after fine-tuning come closest to the papers'; from 0.01 to 0.05 they
+move by up to 3 points on Damage2 and HAR, and by less than 1 on Damage1.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,9 @@ from instantft.solvers import sgd
 from instantft.spec import NetSpec, dnn, lenet5
 
 BATCH, RANK = 20, 4
+DRAWS = 8
+"""Fine-tunings a seed in the comparison of caches, each with its own images, start and order: one run's accuracy moves
+by a point when only rounding changes, which is more than what is to be seen."""
 BASES = ROOT / "build" / "bases"
 WITHIN_TORCH = 3.0
 """Points that a method may be away from PyTorch at the same settings."""
@@ -82,9 +89,9 @@ TASKS: dict[str, Task] = {
         "Fashion-MNIST turned by 75°", "fashion_mnist.npz", 75, 10, 0.1, 10, 0.1,
         (
             ("none", "9.2"), ("ft-last", "60.9"), ("lora-all", "75.6"), ("lora-last", "53.8"),
-            ("skip-lora", "73.5"), ("skip2-lora", "73.5"), ("nf4-block64", "74.0"),
+            ("skip-lora", "73.5"), ("skip2-lora", "73.5"), ("fp32", "73.5"), ("nf4-block64", "74.0"),
         ),
-        "poster (its 4-bit cache: 74.0)",
+        "poster",
     ),
     "mnist": Task(
         "MNIST turned by 90°", "mnist.npz", 90, 10, 0.1, 10, 0.1,
@@ -92,7 +99,7 @@ TASKS: dict[str, Task] = {
         "InstantFT §5.2",
     ),
     "damage1": Task(
-        "Cooling fan, Damage1", "fan_damage1.npz", None, 100, 0.02, 300, 0.02,
+        "Cooling fan, Damage1", "fan_damage1.npz", None, 100, 0.05, 300, 0.02,
         (
             ("none", "60.6 ± 13.7"), ("ft-all", "98.7 ± 2.1"), ("ft-last", "94.2 ± 2.2"), ("ft-bias", "79.4 ± 7.5"),
             ("ft-all-lora", "98.6 ± 2.1"), ("lora-all", "98.3 ± 1.3"), ("lora-last", "94.7 ± 2.9"),
@@ -101,7 +108,7 @@ TASKS: dict[str, Task] = {
         "Skip2-LoRA, Tables 3 and 4",
     ),
     "damage2": Task(
-        "Cooling fan, Damage2", "fan_damage2.npz", None, 100, 0.02, 300, 0.02,
+        "Cooling fan, Damage2", "fan_damage2.npz", None, 100, 0.05, 300, 0.02,
         (
             ("none", "51.9 ± 8.0"), ("ft-all", "88.1 ± 6.1"), ("ft-last", "92.4 ± 3.7"), ("ft-bias", "79.6 ± 6.5"),
             ("ft-all-lora", "88.9 ± 5.7"), ("lora-all", "86.5 ± 4.9"), ("lora-last", "93.6 ± 3.5"),
@@ -110,7 +117,7 @@ TASKS: dict[str, Task] = {
         "Skip2-LoRA, Tables 3 and 4",
     ),
     "har": Task(
-        "Human activity (HAR)", "har_features561.npz", None, 300, 0.02, 600, 0.02,
+        "Human activity (HAR)", "har_features561.npz", None, 300, 0.05, 600, 0.02,
         (
             ("none", "80.0 ± 5.6"), ("ft-all", "91.0 ± 1.9"), ("ft-last", "89.3 ± 1.1"), ("ft-bias", "82.2 ± 1.3"),
             ("ft-all-lora", "90.4 ± 2.5"), ("lora-all", "91.1 ± 1.3"), ("lora-last", "89.8 ± 1.5"),
@@ -145,17 +152,24 @@ def pretraining(task: Task) -> Samples:
     return np.ascontiguousarray(x[:n], np.float32), y[:n].astype(np.int32)
 
 
+@lru_cache(maxsize=1)
+def turned(file: str, degrees: float) -> tuple[Floats, NDArray[Any]]:
+    """The test images, turned, and their labels."""
+    data = load(file)
+    return rotate(scaled(data["test_x"]), degrees).reshape(-1, 784), data["test_y"]
+
+
 def drifted(task: Task, seed: int) -> tuple[Samples, Samples]:
     """What it is fine-tuned on, and what it is tested on."""
-    data = load(task.file)
     if task.degrees is not None:
-        x = rotate(scaled(data["test_x"]), task.degrees).reshape(-1, 784)
-        y = data["test_y"]
+        x, y = turned(task.file, task.degrees)
         shuffled = np.random.default_rng([seed, 75]).permutation(len(x))
         parts = [(x[i], y[i]) for i in (shuffled[: task.finetune], shuffled[task.finetune :])]
     elif "har" in task.file:
+        data = load(task.file)
         parts = [(data["x"][data[i]], data["y"][data[i]]) for i in ("finetune_idx", "test_idx")]
     else:
+        data = load(task.file)
         parts = [(data["finetune_x"], data["finetune_y"]), (data["test_x"], data["test_y"])]
     tune, test = ((np.ascontiguousarray(x, np.float32), y.astype(np.int32)) for x, y in parts)
     return tune, test
@@ -209,11 +223,12 @@ def theirs(task: Task, net: Network, m: Method, tune: Samples, test: Samples, se
 
 def wanted(with_torch: bool) -> list[str]:
     """Keys of the results of one seed."""
-    keys = ["none", *(f"ours {m}" for m in METHODS), *(f"cache {c}" for c in CODECS if c != "fp32")]
+    keys = ["none", *(f"ours {m}" for m in METHODS), *(f"cache {c}" for c in CODECS)]
     return keys + ([f"torch {m}" for m in METHODS] if with_torch else [])
 
 
-Results = dict[str, float | None]
+Results = dict[str, list[float | None]]
+"""Key to accuracies: one, or one a draw."""
 
 
 def run_seed(name: str, task: Task, seed: int, engine_name: str, keys: Sequence[str]) -> Results:
@@ -225,13 +240,15 @@ def run_seed(name: str, task: Task, seed: int, engine_name: str, keys: Sequence[
     for key in keys:
         kind, _, what = key.partition(" ")
         if kind == "none":
-            found[key] = accuracy(engine.forward(net.spec, net.tensors, test[0]), test[1])
+            found[key] = [accuracy(engine.forward(net.spec, net.tensors, test[0]), test[1])]
         elif kind == "ours":
-            found[key] = ours(engine, task, net, METHODS[what], tune, test, seed, "fp32")
-        elif kind == "cache":
-            found[key] = ours(engine, task, net, METHODS["skip2-lora"], tune, test, seed, what)
+            found[key] = [ours(engine, task, net, METHODS[what], tune, test, seed, "fp32")]
+        elif kind == "torch":
+            found[key] = [theirs(task, net, METHODS[what], tune, test, seed)]
         else:
-            found[key] = theirs(task, net, METHODS[what], tune, test, seed)
+            draws = [seed + 1000 * d for d in range(DRAWS)]
+            skip2 = METHODS["skip2-lora"]
+            found[key] = [ours(engine, task, net, skip2, *drifted(task, d), d, what) for d in draws]
     return found
 
 
@@ -244,14 +261,18 @@ def _cell(values: Sequence[float | None]) -> str:
     return (spread(good) if good else "–") + diverged
 
 
-def _difference(a: Sequence[float | None], b: Sequence[float | None]) -> float | None:
-    """Mean of the differences, seed by seed."""
-    pairs = [x - y for x, y in zip(a, b, strict=True) if x is not None and y is not None]
-    return statistics.fmean(pairs) if pairs else None
+def _differences(a: Sequence[float | None], b: Sequence[float | None]) -> list[float]:
+    """a - b, run by run, where neither has diverged."""
+    return [x - y for x, y in zip(a, b, strict=True) if x is not None and y is not None]
 
 
-def _signed(difference: float | None) -> str:
-    return "–" if difference is None else f"{difference:+.2f}"
+def _mean(differences: Sequence[float], *, error: bool = False) -> str:
+    """The mean, signed, and its standard error where asked for."""
+    if not differences:
+        return "–"
+    n = len(differences)
+    tail = f" ± {statistics.stdev(differences) / n**0.5:.2f}" if error and n > 1 else ""
+    return f"{statistics.fmean(differences):+.2f}{tail}"
 
 
 def report_task(task: Task, by_seed: dict[str, Results]) -> str:
@@ -260,7 +281,7 @@ def report_task(task: Task, by_seed: dict[str, Results]) -> str:
     paper = dict(task.paper)
 
     def column(key: str) -> list[float | None]:
-        return [by_seed[s].get(key) for s in seeds]
+        return [value for s in seeds for value in by_seed[s].get(key, [])]
 
     with_torch = any(key.startswith("torch") for s in seeds for key in by_seed[s])
     rows: list[list[object]] = [["none", paper.get("none", ""), _cell(column("none")), *["", ""] * with_torch]]
@@ -269,22 +290,21 @@ def report_task(task: Task, by_seed: dict[str, Results]) -> str:
         mine, other = column(f"ours {m.name}"), column(f"torch {m.name}")
         row: list[object] = [m.title, paper.get(m.name, ""), _cell(mine)]
         if with_torch:
-            difference = _difference(mine, other)
-            worst = max(worst, abs(difference or 0.0))
-            row += [_cell(other), _signed(difference)]
+            differences = _differences(mine, other)
+            worst = max([worst, *([abs(statistics.fmean(differences))] if differences else [])])
+            row += [_cell(other), _mean(differences)]
         rows.append(row)
     head = [task.title, "paper", "instantft", *["PyTorch", "difference"] * with_torch]
-    fp32 = column("ours skip2-lora")
-    caches: list[list[object]] = [["fp32", paper.get("skip2-lora", ""), _cell(fp32), ""]]
+    fp32 = column("cache fp32")
+    caches: list[list[object]] = []
     four_bit = 0.0
     for codec in CODECS.values():
-        if codec.name == "fp32":
-            continue
         values = column(f"cache {codec.name}")
-        difference = _difference(values, fp32)
-        if codec.bits == 4 and codec.signed is not None:
-            four_bit = max(four_bit, abs(difference or 0.0))
-        caches.append([codec.name, paper.get(codec.name, ""), _cell(values), _signed(difference)])
+        differences = _differences(values, fp32)
+        if codec.bits == 4 and codec.signed is not None and differences:
+            four_bit = max(four_bit, abs(statistics.fmean(differences)))
+        change = "" if codec.name == "fp32" else _mean(differences, error=True)
+        caches.append([codec.name, paper.get(codec.name, ""), _cell(values), change])
     training = (
         f"Pre-training E={task.pretrain_epochs}, lr {task.pretrain_lr:g}; fine-tuning E={task.epochs}, lr {task.lr:g}; "
         f"B={BATCH}, R={RANK}; {len(seeds)} seeds. Paper: {task.source}."
@@ -293,9 +313,13 @@ def report_task(task: Task, by_seed: dict[str, Results]) -> str:
     if with_torch:
         verdict = "within" if worst <= WITHIN_TORCH else "NOT within"
         lines.append(f"Largest difference of a mean to PyTorch's: {worst:.2f} points, {verdict} {WITHIN_TORCH:g}.")
-    lines.append(table([f"{task.title}: Skip2-LoRA's cache", "paper", "instantft", "to fp32"], caches))
+    head = [f"{task.title}: Skip2-LoRA's cache", "paper", "instantft", "to fp32 ± standard error"]
+    lines.append(table(head, caches))
     verdict = "within" if four_bit <= WITHIN_FP32 else "NOT within"
-    lines.append(f"Largest difference of a 4-bit cache to fp32: {four_bit:.2f} points, {verdict} {WITHIN_FP32:g}.")
+    lines.append(
+        f"Largest difference of a 4-bit cache to fp32, over {len(fp32)} runs: {four_bit:.2f} points, "
+        f"{verdict} {WITHIN_FP32:g}."
+    )
     return "\n\n".join(lines)
 
 

@@ -35,7 +35,7 @@ from instantft.spec import LayerSpec, NetSpec
 __all__ = ["FILL_BATCH", "Backbone", "Layer", "Rival", "single_thread"]
 
 FILL_BATCH = 128
-"""Samples per forward pass while filling the cache and predicting; see `python -m benchmarks.speed --fill-batches`."""
+"""Samples per forward pass while filling the cache and predicting; 64 to 512 are equally fast, 20 and 1024 slower."""
 
 
 def single_thread() -> None:
@@ -116,7 +116,7 @@ class Rival:
         x: (T, N) samples.  y: (T,) labels.
         lr, momentum, batch_size: SGD.
         cached: keep the taps and the frozen output of every sample; by default as the row says.
-        fused: use PyTorch's fused SGD instead of its default.
+        fused: use PyTorch's fused SGD instead of its default; here the two take the same time.
     """
 
     def __init__(

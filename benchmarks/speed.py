@@ -3,9 +3,8 @@
     python -m benchmarks.speed --json build/speed.json        a few minutes
     python -m benchmarks.speed --quick                        does it run?
 
-Everything is measured in turn (A B A B …, medians): instantft in this process, PyTorch in this process, and instantft
-once more for each narrower instruction set in a process of its own that waits for its turn, since INSTANTFT_ISA is
-read when the core is loaded.
+Everything is measured in one process and in turn (A B C A B C …, medians): instantft on this machine's best
+instruction set, on each narrower one, and PyTorch.
 
 What is timed. *Whole*: data and base network in memory to adapter in memory; for instantft all of `sgd.fit`, for
 PyTorch the cache fill and the epochs, without building its modules. *Step*: whole epochs with everything built and the
@@ -15,7 +14,6 @@ cache filled, divided by the number of steps.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -23,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +59,6 @@ RANK = 4
 NARROWER = ("x86-64-v3", "x86-64-v2", "scalar")
 """Instruction sets measured beside the machine's widest, where the core has them."""
 FOUR_BIT = ("nf4", "relu4")
-PEAK_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -131,9 +128,12 @@ def native_jobs(engine: Engine, all_works: list[Work]) -> Jobs:
         w = all_works[0]
         jobs[f"lenet5 codec {name}"] = partial(_fit, engine, w, METHODS["skip2-lora"], w.E, name)
     if engine.name == "native":
-        from instantft import _core
+        from instantft._core import Core
+        from instantft.engine.native import NativeEngine, fma_peak
 
-        jobs["peak"] = partial(_core.fma_peak, PEAK_SECONDS)
+        assert isinstance(engine, NativeEngine)
+        core = Core(engine.isa)
+        jobs["peak"] = lambda: fma_peak(core) / 1e9
     return jobs
 
 
@@ -199,69 +199,37 @@ def _torch_epochs(w: Work, m: Method) -> float:
     return timed(lambda: rival.epochs(order)) / w.steps(w.E)
 
 
-# Narrower instruction sets, each in its own process
-
-
-class Worker:
-    """instantft forced to one instruction set; runs a job when asked and sleeps otherwise."""
-
-    def __init__(self, isa: str, quick: bool) -> None:
-        command = [sys.executable, "-m", "benchmarks.speed", "--worker", *(["--quick"] if quick else [])]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, "INSTANTFT_ISA": isa}, text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )  # fmt: skip
-        self.isa = self.ask("isa")
-
-    def ask(self, question: str) -> Any:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(question + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise SystemExit(f"the process forced to INSTANTFT_ISA ended with status {self.process.wait()}")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def serve(quick: bool) -> None:
-    """Answer a `Worker`: a job's name a line in, its seconds out."""
-    from instantft import _core
-
-    engine = get_engine("native")
-    jobs = native_jobs(engine, works(engine, quick))
-    for line in sys.stdin:
-        name = line.strip()
-        print(json.dumps(_core.isa() if name == "isa" else jobs[name]()), flush=True)
-
-
 # Import time
 
 
+IMPORTS = {
+    "numpy": "import numpy",
+    "package": "import instantft",
+    "in use": "from instantft import FineTuner, load",
+}
+"""What is timed. The package looks names up when they are first used, so the last is the honest figure."""
+
+
 def import_times(repeats: int) -> dict[str, float]:
-    """Median seconds of `import instantft`, and of `import numpy` alone, less those of a bare interpreter."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    """Median seconds of each of IMPORTS in a fresh interpreter, less those of an interpreter that imports nothing."""
 
     def job(code: str) -> Callable[[], float]:
-        return partial(timed, partial(subprocess.run, [sys.executable, "-c", code], check=True, env=env, cwd=ROOT))
+        return partial(timed, partial(subprocess.run, [sys.executable, "-c", code], check=True, env=_env(), cwd=ROOT))
 
-    seen = interleaved(
-        {"bare": job("pass"), "numpy": job("import numpy"), "instantft": job("import instantft")}, repeats
-    )
+    seen = interleaved({"bare": job("pass"), **{name: job(code) for name, code in IMPORTS.items()}}, repeats)
     bare = statistics.median(seen["bare"])
-    return {name: statistics.median(seen[name]) - bare for name in ("numpy", "instantft")}
+    return {name: statistics.median(seen[name]) - bare for name in IMPORTS}
+
+
+def _env() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
 
 
 def heavy_imports() -> list[str]:
-    """Which of the packages that `import instantft` must not bring along it does bring along."""
-    code = "import sys, instantft; print(*[m for m in ('torch', 'onnx', 'matplotlib', 'scipy') if m in sys.modules])"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    run = subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=ROOT, capture_output=True, text=True)
+    """Which of the packages that must stay out the base install imports all the same."""
+    heavy = ("torch", "onnx", "matplotlib", "scipy")
+    code = f"{IMPORTS['in use']}; import sys; print(*[m for m in {heavy} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], check=True, env=_env(), cwd=ROOT, capture_output=True, text=True)
     return run.stdout.split()
 
 
@@ -376,16 +344,12 @@ def _figures(medians: Medians, imports: Mapping[str, float], all_works: list[Wor
             target += f", aim {c.show(c.aim)}"
         rows.append([c.what, target, *(each.show(each.measured) for each in same), "yes" if c.passed else "no"])
     heavy = heavy_imports()
-    seconds = imports["instantft"]
-    rows.append(
-        [
-            f"`import instantft` after a bare interpreter (numpy alone {imports['numpy']:.3f} s)",
-            "≤ 0.2 s",
-            f"{seconds:.3f} s",
-            *[""] * (len(sides) - 1),
-            "yes" if seconds <= 0.2 and not heavy else f"no, imports {' '.join(heavy)}" if heavy else "no",
-        ]
-    )
+    for name in ("package", "in use"):
+        met = "no" if imports[name] > 0.2 else f"no, brings {' '.join(heavy)}" if heavy else "yes"
+        what = (
+            f"`{IMPORTS[name]}` (of which numpy {imports['numpy']:.3f} s)" if name == "in use" else f"`{IMPORTS[name]}`"
+        )
+        rows.append([what, "≤ 0.2 s", f"{imports[name]:.3f} s", *[""] * (len(sides) - 1), met])
     return table(["one thread", "target", *sides, f"met ({sides[0]})"], rows)
 
 
@@ -409,12 +373,20 @@ def _times(title: str, medians: Medians, w: Work, kind: str, scale: float) -> st
     return table([*head, *([f"GFLOP/s, {sides[0]}"] if kind == "step" else [])], rows)
 
 
-@cache
-def _isas() -> tuple[str, tuple[str, ...]]:
-    """The instruction set in use, and all that this machine and this build have."""
-    from instantft import _core
+def engines(name: str, narrower: bool) -> dict[str, Engine]:
+    """Instruction set to engine: the best one, or the one INSTANTFT_ISA names; then the narrower ones if wanted."""
+    if name == "reference":
+        return {name: get_engine(name)}
+    from instantft.engine.native import NativeEngine, isas
 
-    return _core.isa(), tuple(_core.isas())
+    best = NativeEngine()
+    found: dict[str, Engine] = {best.isa: best}
+    if narrower and "INSTANTFT_ISA" not in os.environ:
+        for isa in [i for i in NARROWER if i in isas()]:
+            os.environ["INSTANTFT_ISA"] = isa  # read when a core is loaded
+            found.setdefault(isa, NativeEngine())
+        del os.environ["INSTANTFT_ISA"]
+    return found
 
 
 def main() -> None:
@@ -425,37 +397,19 @@ def main() -> None:
     parser.add_argument("--engine", choices=("native", "reference"), default="native")
     parser.add_argument("--no-torch", action="store_true", help="instantft only")
     parser.add_argument("--no-isas", action="store_true", help="only the widest instruction set")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        serve(args.quick)
-        return
     repeats = 1 if args.quick else args.repeats
-    engine = get_engine(args.engine)
-    all_works = works(engine, args.quick)
-    isa, available = _isas() if args.engine == "native" else ("reference", ())
-    jobs: dict[tuple[str, str], Callable[[], float]] = {}
-    workers: list[Worker] = []
-    ours = native_jobs(engine, all_works)
-    if not args.no_isas and "INSTANTFT_ISA" not in os.environ:
-        workers = [Worker(name, args.quick) for name in NARROWER if name in available and name != isa]
-    rivals: Jobs = {}
+    sides = engines(args.engine, not args.no_isas)
+    all_works = works(next(iter(sides.values())), args.quick)
+    jobs_of = {isa: native_jobs(engine, all_works) for isa, engine in sides.items()}
     if not args.no_torch:
         from benchmarks.rivals import single_thread
 
         single_thread()
-        rivals = torch_jobs(all_works)
-    for name, job in ours.items():
-        jobs[isa, name] = job
-        for worker in workers:
-            jobs[worker.isa, name] = partial(worker.ask, name)
-        if name in rivals:
-            jobs["torch", name] = rivals[name]
-    try:
-        seen = interleaved({f"{side}: {name}": job for (side, name), job in jobs.items()}, repeats, warm=not args.quick)
-    finally:
-        for worker in workers:
-            worker.close()
+        jobs_of["torch"] = torch_jobs(all_works)
+    names = next(iter(jobs_of.values()))
+    jobs = {(side, name): of[name] for name in names for side, of in jobs_of.items() if name in of}
+    seen = interleaved({f"{side}: {name}": job for (side, name), job in jobs.items()}, repeats, warm=not args.quick)
     medians: dict[str, dict[str, float]] = {}
     for side, name in jobs:
         medians.setdefault(side, {})[name] = statistics.median(seen[f"{side}: {name}"])

@@ -26,9 +26,10 @@ FORWARD = 1e-5
 """Largest difference of logits, relative to the largest logit: float32 sums of up to 1,000 products in another order
 differ by about √1000·2^-24 = 2e-6."""
 
-STEPS = 5e-5
-"""Largest difference of a trained tensor after 8 steps, relative to its largest change: gradients are float32 sums in
-another order (FORWARD of them at every step), and a step feeds its rounding into the next."""
+STEPS = 2e-4
+"""Largest difference of a trained tensor after 8 steps, relative to its largest change. Sums in another order differ by
+FORWARD at every step, and batch norm over batches of 3 divides by small deviations: against float64, PyTorch itself is
+up to 3e-5 off here, and the engines up to 8e-5."""
 
 ROUNDING = 8 * 2.0**-24
 """And relative to its largest value, which is rounded once a step."""
