@@ -60,7 +60,7 @@ def _load_core() -> Core:
     available = isas()
     name = os.environ.get("INSTANTFT_ISA") or available[0]
     if name not in available:
-        raise EngineError(f"INSTANTFT_ISA must be one of {', '.join(available)} on this machine, not {name!r}")
+        raise UsageError(f"INSTANTFT_ISA must be one of {', '.join(available)} on this machine, not {name!r}")
     from .._core import Core
 
     return Core(name)
@@ -211,7 +211,8 @@ class NativeEngine:
     """The C11 core behind the Protocol of this package.
 
     Raises:
-        EngineError: the core was not built, or INSTANTFT_ISA names what this machine lacks.
+        EngineError: the core was not built.
+        UsageError: INSTANTFT_ISA names what this machine lacks.
     """
 
     name = "native"
