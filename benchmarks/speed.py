@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from benchmarks.common import (
     ROOT,
+    clock,
     interleaved,
     load,
     machine,
@@ -139,10 +140,12 @@ def native_jobs(engine: Engine, all_works: list[Work]) -> Jobs:
 
 def _fit(engine: Engine, w: Work, m: Method, E: int, codec_name: str = "fp32") -> float:
     """Seconds from data and base network in memory to adapter in memory, making and filling the cache included."""
-    start = time.perf_counter()
-    store = memory_store(codec_name, w.base.spec.record, len(w.x)) if m.cached else None
-    sgd.fit(engine, w.base, m, w.x, w.y, rank=RANK, epochs=E, batch_size=BATCH, lr=w.lr, seed=0, store=store)
-    return time.perf_counter() - start
+
+    def run() -> None:
+        store = memory_store(codec_name, w.base.spec.record, len(w.x)) if m.cached else None
+        sgd.fit(engine, w.base, m, w.x, w.y, rank=RANK, epochs=E, batch_size=BATCH, lr=w.lr, seed=0, store=store)
+
+    return timed(run)
 
 
 def _epochs(engine: Engine, w: Work, m: Method) -> float:
@@ -156,9 +159,9 @@ def _epochs(engine: Engine, w: Work, m: Method) -> float:
     trainer = engine.trainer(spec, start, m, RANK, w.x, w.y, numbers=numbers, store=store, batch_size=BATCH, lr=w.lr)
     E = w.E_cached if m.cached else w.E
     order = orders(T, E, 1)
-    begin = time.perf_counter()
+    begin = clock.now()
     stats = trainer.epochs(order)
-    seconds = time.perf_counter() - begin
+    seconds = clock.now() - begin
     if stats.diverged_at is not None:
         raise SystemExit(f"a timed run must not diverge, but {m.name} did at step {stats.diverged_at}")
     return seconds / w.steps(E)
@@ -214,7 +217,14 @@ def import_times(repeats: int) -> dict[str, float]:
     """Median seconds of each of IMPORTS in a fresh interpreter, less those of an interpreter that imports nothing."""
 
     def job(code: str) -> Callable[[], float]:
-        return partial(timed, partial(subprocess.run, [sys.executable, "-c", code], check=True, env=_env(), cwd=ROOT))
+        command = [sys.executable, "-c", code]
+
+        def run() -> float:
+            start = time.perf_counter()
+            subprocess.run(command, check=True, env=_env(), cwd=ROOT)
+            return time.perf_counter() - start
+
+        return run
 
     seen = interleaved({"bare": job("pass"), **{name: job(code) for name, code in IMPORTS.items()}}, repeats)
     bare = statistics.median(seen["bare"])
@@ -350,7 +360,7 @@ def _figures(medians: Medians, imports: Mapping[str, float], all_works: list[Wor
             f"`{IMPORTS[name]}` (of which numpy {imports['numpy']:.3f} s)" if name == "in use" else f"`{IMPORTS[name]}`"
         )
         rows.append([what, "≤ 0.2 s", f"{imports[name]:.3f} s", *[""] * (len(sides) - 1), met])
-    return table(["one thread", "target", *sides, f"met ({sides[0]})"], rows)
+    return table([f"one thread, {clock.name} time", "target", *sides, f"met ({sides[0]})"], rows)
 
 
 def _times(title: str, medians: Medians, w: Work, kind: str, scale: float) -> str:
@@ -397,7 +407,10 @@ def main() -> None:
     parser.add_argument("--engine", choices=("native", "reference"), default="native")
     parser.add_argument("--no-torch", action="store_true", help="instantft only")
     parser.add_argument("--no-isas", action="store_true", help="only the widest instruction set")
+    parser.add_argument("--cpu-time", action="store_true", help="count processor time: for a machine that is not idle")
     args = parser.parse_args()
+    if args.cpu_time:
+        clock.count_cpu()
     repeats = 1 if args.quick else args.repeats
     sides = engines(args.engine, not args.no_isas)
     all_works = works(next(iter(sides.values())), args.quick)
@@ -420,6 +433,7 @@ def main() -> None:
         {
             "machine": machine(),
             "repeats": repeats,
+            "clock": clock.name,
             "medians": medians,
             "all": seen,
             "import": imports,
