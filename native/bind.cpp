@@ -21,7 +21,7 @@ static void need(bool ok, const char *what) {
 
 struct Plan {
     ift_plan plan;
-    std::vector<ift_run> runs;
+    std::vector<int64_t> memory;
     ift_codec codec;
 
     Plan(Array<const int32_t> layers, std::tuple<int, int, int> input, int rank, int batch, int codec_id) {
@@ -30,8 +30,8 @@ struct Plan {
         int status = ift_plan_init(&plan, reinterpret_cast<const ift_layer_desc *>(layers.data()),
                                    static_cast<int32_t>(layers.shape(0)), shape, rank, batch);
         need(status == IFT_OK, "the core refused this network, rank or batch size");
-        runs.resize(static_cast<size_t>(ift_codec_runs(&plan, codec_id)) + 1);
-        need(ift_codec_init(&codec, &plan, codec_id, runs.data()) == IFT_OK, "no such codec");
+        memory.resize(static_cast<size_t>(ift_codec_memory(&plan, codec_id)) / sizeof(int64_t) + 1);
+        need(ift_codec_init(&codec, &plan, codec_id, memory.data()) == IFT_OK, "no such codec");
     }
 };
 

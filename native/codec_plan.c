@@ -1,6 +1,8 @@
 /* Codec plans: which values share a scale and where their codes lie. Independent of the instruction set. */
 #include "instantft.h"
 
+_Static_assert(sizeof(ift_run) == 20 && sizeof(ift_block) == 24, "both are 4-byte aligned and lie behind each other");
+
 enum { BLOCK = 64 };
 
 /* Segment k = 1 … L of a record: its start, size, groups and whether a ReLU made it. */
@@ -36,7 +38,7 @@ static int64_t segment_runs(const ift_plan *p, int32_t id, int k, int32_t value,
     return count;
 }
 
-int64_t ift_codec_runs(const ift_plan *p, int32_t id) {
+static int64_t runs_of(const ift_plan *p, int32_t id) {
     int64_t count = 0;
     int32_t value = 0;
     if (id == IFT_FP32 || id == IFT_FP16) return 0;
@@ -49,8 +51,43 @@ int64_t ift_codec_runs(const ift_plan *p, int32_t id) {
     return count;
 }
 
-int ift_codec_init(ift_codec *c, const ift_plan *p, int32_t id, ift_run *runs) {
+int64_t ift_codec_memory(const ift_plan *p, int32_t id) {
+    return runs_of(p, id) * (int64_t)sizeof(ift_run) + (p->row_width / 16 + p->L) * (int64_t)sizeof(ift_block) + 8;
+}
+
+/* Cut the runs of 4-bit codes into blocks. A segment's runs follow each other; it starts where `at` is a multiple of 16
+ * that does not continue the run before. Returns how many, or 0 where blocks cannot serve. */
+static int32_t make_blocks(const ift_codec *c, ift_block *blocks) {
+    if (c->scales_n > IFT_BLOCK_SCALES) return 0;
+    int32_t count = 0;
+    for (int32_t r = 0; r < c->runs_n;) {
+        int32_t start = c->runs[r].at, code = c->runs[r].code, levels = c->runs[r].levels, end = start, last = r;
+        while (last < c->runs_n && c->runs[last].at == end) end += c->runs[last++].n;
+        if (code & 1) return 0;
+        for (int32_t at = start; at < end; at += 32) {
+            ift_block b = {.at = at, .code = (code + at - start) / 2, .halves = at + 16 < end ? 2 : 1,
+                           .levels = (int16_t)levels};
+            for (int half = 0; half < b.halves; half++) {
+                int32_t from = at + 16 * half, to = from + 16 < end ? from + 16 : end;
+                while (c->runs[r].at + c->runs[r].n <= from) r++;
+                b.a[half] = b.b[half] = (int16_t)c->runs[r].scale;
+                for (int32_t q = r + 1; q < last && c->runs[q].at < to; q++) {
+                    if (c->runs[q].scale == b.a[half]) continue;
+                    if (b.mask[half]) return 0; /* a third scale */
+                    b.b[half] = (int16_t)c->runs[q].scale;
+                    b.mask[half] = (uint16_t)(0xffffu << (c->runs[q].at - from));
+                }
+            }
+            blocks[count++] = b;
+        }
+        r = last;
+    }
+    return count;
+}
+
+int ift_codec_init(ift_codec *c, const ift_plan *p, int32_t id, void *memory) {
     if (id < 0 || id >= IFT_CODECS) return IFT_BAD_ARGUMENT;
+    ift_run *runs = memory;
     *c = (ift_codec){.id = id, .runs = runs, .half_at = -1, .half_first = p->L + 1};
     int four = id == IFT_NF4 || id == IFT_NF4_BLOCK64 || id == IFT_RELU4;
     int32_t values = 0, code = 0, scales = 0, halves = 0;
@@ -79,6 +116,9 @@ int ift_codec_init(ift_codec *c, const ift_plan *p, int32_t id, ift_run *runs) {
     int64_t end = c->codes_at + (four ? code / 2 : code);
     if (halves) c->half_at = end, end += 2 * (int64_t)halves;
     c->bytes = end;
+    ift_block *blocks = (ift_block *)(void *)(runs + runs_of(p, id));
+    c->blocks = blocks;
+    if (four) c->blocks_n = make_blocks(c, blocks);
     c->stride = (end + 7) / 8 * 8;
     return IFT_OK;
 }

@@ -42,11 +42,15 @@ INLINE float from_half(uint16_t h) {
 /* The least bfloat16 that is not below a nonnegative f. */
 static uint16_t bf16_up(float f) { return (uint16_t)((bits_of(f) + 0xffffu) >> 16); }
 
+/* i over n values, vector by vector; the last one is moved back to end with them, so that a group of 25 is two vectors
+ * and no tail. What is done twice must come out the same. Fewer than a vector are left to a scalar loop. */
+#define EACH_VECTOR for (; i < n && n >= IFT_VL; i = i + IFT_VL < n && i + 2 * IFT_VL > n ? n - IFT_VL : i + IFT_VL)
+
 /* The largest |x|, or the largest x where `positive` (at least 0). */
 static float peak(const float *x, int n, int positive) {
     vf m = vset(0);
     int i = 0;
-    for (; i + IFT_VL <= n; i += IFT_VL) {
+    EACH_VECTOR {
         vf v = vload(x + i);
         m = vmax(positive ? v : vmax(v, vset(0) - v), m);
     }
@@ -68,11 +72,20 @@ static float nearest(float v) { /* ties to even, |v| < 2^22 */
 static const float smallest = 1e-30f; /* below it a group counts as zeros: 1/m must stay finite */
 
 #if IFT_VL > 1
-typedef uint8_t vbytes __attribute__((vector_size(IFT_VL)));
 typedef uint32_t vwords __attribute__((vector_size(IFT_VL * 4)));
+/* The low byte of every lane; each lane is below 128. */
 INLINE void store_codes(uint8_t *code, vi c) {
+#if IFT_VL == 16
+    _mm_storeu_si128((__m128i *)(void *)code, _mm512_cvtepi32_epi8((__m512i)c));
+#elif IFT_VL == 8
+    __m256i w = (__m256i)c;
+    __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
+    _mm_storel_epi64((__m128i *)(void *)code, _mm_packus_epi16(words, words));
+#else
+    typedef uint8_t vbytes __attribute__((vector_size(IFT_VL)));
     vbytes b = __builtin_convertvector((vwords)c, vbytes);
     memcpy(code, &b, sizeof b);
+#endif
 }
 #endif
 
@@ -80,7 +93,7 @@ INLINE void store_codes(uint8_t *code, vi c) {
 static void encode_steps(const float *x, int n, float inv, uint8_t *code) {
     int i = 0;
 #if IFT_VL > 1
-    for (; i + IFT_VL <= n; i += IFT_VL) {
+    EACH_VECTOR {
         vf v = vmax(vload(x + i), vset(0)) * vset(inv);
         v = vset(0) - vmax(vset(0) - v, vset(-15));
         v = v + vset(12582912.0f); /* the rounded value is now in the low bits */
@@ -102,7 +115,7 @@ static void encode_nf4(const float *x, int n, float inv, uint8_t *code) {
     int i = 0;
 #if IFT_VL == 16
     const __m512 table = _mm512_loadu_ps(t);
-    for (; i + 16 <= n; i += 16) { /* binary search, four looks into the table */
+    EACH_VECTOR { /* binary search, four looks into the table */
         __m512 v = (__m512)(vload(x + i) * vset(inv));
         __m512i c = _mm512_setzero_si512();
         UNROLL for (int step = 8; step; step /= 2) {
@@ -113,7 +126,7 @@ static void encode_nf4(const float *x, int n, float inv, uint8_t *code) {
         store_codes(code + i, (vi)c);
     }
 #elif IFT_VL > 1
-    for (; i + IFT_VL <= n; i += IFT_VL) {
+    EACH_VECTOR {
         vf v = vload(x + i) * vset(inv);
         vi c = (vi){0};
         UNROLL for (int j = 0; j < 15; j++) c -= v > vset(t[j]);
@@ -220,25 +233,31 @@ void codec_encode(const ift_plan *p, const ift_codec *c, const float *row, uint8
 }
 
 #if IFT_VL == 16
-/* 32 codes a step: a 16-entry permute looks them up, two more put low and high nibbles in turn. An odd start only
- * changes who is first. Writes past a run are put right by the next one, and a segment's last run stays in its row. */
+/* 16 codes a step. */
 static void decode_run(const ift_run *u, const uint8_t *codes, float scale, float *out) {
-    const vf steps = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const __m512 table = (__m512)((u->levels ? vload(nf4_levels) : steps) * vset(scale));
-    const __m512i left = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const __m512i right = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     const uint8_t *p = codes + (u->code >> 1);
     int odd = u->code & 1;
-    for (int i = 0; i < u->n; i += 32, p += 16) {
-        __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
-        __m512 first = _mm512_permutexvar_ps(b, table), second = _mm512_permutexvar_ps(_mm512_srli_epi32(b, 4), table);
-        if (odd) {
-            b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p + 1)));
-            first = second;
-            second = _mm512_permutexvar_ps(b, table);
-        }
-        _mm512_storeu_ps(out + i, _mm512_permutex2var_ps(first, left, second));
-        if (u->n - i > 16) _mm512_storeu_ps(out + i + 16, _mm512_permutex2var_ps(first, right, second));
+    for (int i = 0; i < u->n; i++, odd ^= 1) {
+        int c = odd ? *p++ >> 4 : *p & 15;
+        out[i] = (u->levels ? nf4_levels[c] : (float)c) * scale;
+    }
+}
+
+/* All blocks of a record. A 16-entry permute looks codes up, two more put low and high nibbles in turn. */
+static void decode_blocks(const ift_codec *c, const uint8_t *codes, const float *scales, float *row) {
+    const vf steps = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const __m512 tables[2] = {(__m512)steps, _mm512_loadu_ps(nf4_levels)};
+    const __m512i left = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i right = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    for (const ift_block *b = c->blocks, *end = b + c->blocks_n; b < end; b++) {
+        __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(codes + b->code)));
+        __m512 table = tables[b->levels];
+        __m512 low = _mm512_permutexvar_ps(v, table), high = _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4), table);
+        __m512 s = _mm512_mask_mov_ps(_mm512_set1_ps(scales[b->a[0]]), b->mask[0], _mm512_set1_ps(scales[b->b[0]]));
+        _mm512_storeu_ps(row + b->at, _mm512_mul_ps(_mm512_permutex2var_ps(low, left, high), s));
+        if (b->halves < 2) continue;
+        s = _mm512_mask_mov_ps(_mm512_set1_ps(scales[b->a[1]]), b->mask[1], _mm512_set1_ps(scales[b->b[1]]));
+        _mm512_storeu_ps(row + b->at + 16, _mm512_mul_ps(_mm512_permutex2var_ps(low, right, high), s));
     }
 }
 #else
@@ -286,7 +305,17 @@ static void decode_run(const ift_run *u, const uint8_t *codes, float scale, floa
 #endif
 
 static void decode_int8(const int8_t *code, int n, float scale, float *out) {
-#if IFT_VL > 1
+#if IFT_VL == 16
+    for (int i = 0; i < n; i += 16) {
+        __m512i b = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(code + i)));
+        vstore(out + i, (vf)_mm512_cvtepi32_ps(b) * vset(scale));
+    }
+#elif IFT_VL == 8
+    for (int i = 0; i < n; i += 8) {
+        __m256i b = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(code + i)));
+        vstore(out + i, (vf)_mm256_cvtepi32_ps(b) * vset(scale));
+    }
+#elif IFT_VL > 1
     typedef int8_t vchars __attribute__((vector_size(IFT_VL)));
     for (int i = 0; i < n; i += IFT_VL) {
         vchars b;
@@ -298,21 +327,34 @@ static void decode_int8(const int8_t *code, int n, float scale, float *out) {
 #endif
 }
 
+INLINE float scale_at(const ift_codec *c, const uint8_t *in, int i) {
+    float scale;
+    if (c->id != IFT_RELU4) {
+        memcpy(&scale, in + 4 * i, 4);
+        return scale;
+    }
+    uint16_t half;
+    memcpy(&half, in + 2 * i, 2);
+    return float_of((uint32_t)half << 16);
+}
+
 void codec_decode(const ift_plan *p, const ift_codec *c, const uint8_t *in, float *row) {
     if (c->id == IFT_FP32) {
         memcpy(row, in, (size_t)p->row_width * sizeof *row);
         return;
     }
-    for (int r = 0; r < c->runs_n; r++) {
+    int runs_n = c->runs_n;
+#if IFT_VL == 16
+    if (c->blocks_n) {
+        float scales[IFT_BLOCK_SCALES];
+        for (int i = 0; i < c->scales_n; i++) scales[i] = scale_at(c, in, i);
+        decode_blocks(c, in + c->codes_at, scales, row);
+        runs_n = 0;
+    }
+#endif
+    for (int r = 0; r < runs_n; r++) {
         const ift_run *u = &c->runs[r];
-        float scale;
-        if (c->id == IFT_RELU4) {
-            uint16_t half;
-            memcpy(&half, in + 2 * u->scale, 2);
-            scale = float_of((uint32_t)half << 16);
-        } else {
-            memcpy(&scale, in + 4 * u->scale, 4);
-        }
+        float scale = scale_at(c, in, u->scale);
         if (c->id == IFT_INT8) {
             decode_int8((const int8_t *)in + c->codes_at + u->code, u->n, scale, row + u->at);
         } else {

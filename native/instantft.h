@@ -106,16 +106,30 @@ typedef struct ift_run {
     int32_t levels; /* 0: unsigned steps, 1: NF4 */
 } ift_run;
 
+/* The same for decoders with wide vectors: 32 values from a multiple of 16 on, each half of them under at most two
+ * scales (lanes in `mask` have scale b, the others a). */
+typedef struct ift_block {
+    int32_t at;   /* first value in the row */
+    int32_t code; /* byte of its first code */
+    int16_t a[2], b[2];
+    uint16_t mask[2];
+    int16_t halves; /* 1: only the first 16 are there */
+    int16_t levels;
+} ift_block;
+
 typedef struct ift_codec {
-    int32_t id, runs_n, scales_n, codes_n;
+    int32_t id, runs_n, blocks_n, scales_n, codes_n;
     int64_t bytes, stride, codes_at, half_at; /* bytes; half_at: where fp16 values start */
-    int32_t half_first;                       /* first segment written as fp16; L: none */
+    int32_t half_first;                       /* first segment written as fp16; past L: none */
     const ift_run *runs;
+    const ift_block *blocks; /* blocks_n 0: groups are too small or too many, only runs serve */
 } ift_codec;
 
-/* Runs a codec needs for this network: how many ift_run the caller must bring to ift_codec_init. */
-int64_t ift_codec_runs(const ift_plan *plan, int32_t id);
-int ift_codec_init(ift_codec *codec, const ift_plan *plan, int32_t id, ift_run *runs);
+enum { IFT_BLOCK_SCALES = 256 }; /* scales a blocked codec may have */
+
+/* Bytes of memory (8-byte aligned) that ift_codec_init needs for this network and codec; it stays the codec's. */
+int64_t ift_codec_memory(const ift_plan *plan, int32_t id);
+int ift_codec_init(ift_codec *codec, const ift_plan *plan, int32_t id, void *memory);
 
 /* One fine-tuning: everything the epochs need. Pointers stay the caller's. */
 typedef struct ift_job {
