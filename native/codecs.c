@@ -54,9 +54,7 @@ static float peak(const float *x, int n, int positive) {
         vf v = vload(x + i);
         m = vmax(positive ? v : vmax(v, vset(0) - v), m);
     }
-    float top = 0, lane[IFT_VL];
-    vstore(lane, m);
-    for (int l = 0; l < IFT_VL; l++) top = lane[l] > top ? lane[l] : top;
+    float top = vmaximum(m);
     for (; i < n; i++) {
         float v = positive ? x[i] : fabsf(x[i]);
         top = v > top ? v : top;
@@ -253,11 +251,13 @@ static void decode_blocks(const ift_codec *c, const uint8_t *codes, const float 
         __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(codes + b->code)));
         __m512 table = tables[b->levels];
         __m512 low = _mm512_permutexvar_ps(v, table), high = _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4), table);
-        __m512 s = _mm512_mask_mov_ps(_mm512_set1_ps(scales[b->a[0]]), b->mask[0], _mm512_set1_ps(scales[b->b[0]]));
+        __m512 s = _mm512_set1_ps(scales[b->a[0]]), t = _mm512_set1_ps(scales[b->a[1]]);
+        if (b->mask[0] | b->mask[1]) { /* few blocks straddle two groups where groups are large */
+            s = _mm512_mask_mov_ps(s, b->mask[0], _mm512_set1_ps(scales[b->b[0]]));
+            t = _mm512_mask_mov_ps(t, b->mask[1], _mm512_set1_ps(scales[b->b[1]]));
+        }
         _mm512_storeu_ps(row + b->at, _mm512_mul_ps(_mm512_permutex2var_ps(low, left, high), s));
-        if (b->halves < 2) continue;
-        s = _mm512_mask_mov_ps(_mm512_set1_ps(scales[b->a[1]]), b->mask[1], _mm512_set1_ps(scales[b->b[1]]));
-        _mm512_storeu_ps(row + b->at + 16, _mm512_mul_ps(_mm512_permutex2var_ps(low, right, high), s));
+        if (b->halves == 2) _mm512_storeu_ps(row + b->at + 16, _mm512_mul_ps(_mm512_permutex2var_ps(low, right, high), t));
     }
 }
 #else

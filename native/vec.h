@@ -59,6 +59,7 @@ INLINE void vstore(float *p, vf v) { memcpy(p, &v, sizeof v); }
 INLINE vf vset(float x) { return x; }
 INLINE vf vmax(vf a, vf b) { return a > b ? a : b; } /* b where either is NaN */
 INLINE float vsum(vf v) { return v; }
+INLINE float vmaximum(vf v) { return v; }
 #else
 INLINE vf vset(float x) { return x - (vf){0}; }
 /* max(a, b), and vmax(zero, x) lets a NaN in x through. */
@@ -93,6 +94,17 @@ INLINE v4 vfold(vf v) {
 #else
     return (q[0] + q[1]) + (q[2] + q[3]);
 #endif
+#endif
+}
+INLINE float vmaximum(vf v) { /* of lanes without NaN */
+#if IFT_VL == 16 && defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float lane[IFT_VL];
+    vstore(lane, v);
+    for (int w = IFT_VL / 2; w; w /= 2)
+        for (int l = 0; l < w; l++) lane[l] = lane[l] > lane[l + w] ? lane[l] : lane[l + w];
+    return lane[0];
 #endif
 }
 /* (sum a, sum b, sum c, sum d) */
