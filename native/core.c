@@ -314,27 +314,29 @@ INLINE vf vexp(vf x) {
     return q * scale;
 }
 
-/* z (C, ld) logits with samples side by side becomes (softmax(z) − onehot(y))·scale; lanes past S become 0.
- * Returns the sum of the cross-entropies and adds to *correct. m: 2·ld floats. */
-static double softmax_loss(int C, int S, int ld, const int32_t *y, float scale, float *z, float *m, int64_t *correct) {
-    float *top = m, *total = m + ld;
+/* z (C, ld) logits with samples side by side becomes (softmax(z) − onehot(y))·scale; lanes past S become 0. y has ld
+ * entries, those past S -1. Returns the sum of the cross-entropies and adds to *correct: the label must be the largest
+ * logit, the first of them where several are. total: ld floats. */
+static double softmax_loss(int C, int S, int ld, const int32_t *y, float scale, float *z, float *total,
+                           int64_t *correct) {
+    double loss = 0;
     for (int s = 0; s < ld; s += IFT_VL) {
-        vf best = vload(z + s), sum = vset(0);
-        for (int c = 1; c < C; c++) best = vmax(best, vload(z + (ptrdiff_t)c * ld + s));
-        vstore(top + s, best);
-        (void)sum;
-    }
-    /* the largest logit must be the label's alone: ties go to the first class, as argmax has it */
-    double loss = 0, product = 1;
-    for (int s = 0; s < S; s++) {
-        float own = z[(ptrdiff_t)y[s] * ld + s];
-        int hit = own == top[s];
-        for (int c = 0; hit && c < y[s]; c++) hit = z[(ptrdiff_t)c * ld + s] < own;
-        *correct += hit;
-        loss += (double)top[s] - own;
-    }
-    for (int s = 0; s < ld; s += IFT_VL) {
-        vf best = vload(top + s), sum = vset(0);
+        vi label, hit, used;
+        memcpy(&label, y + s, sizeof label);
+#if IFT_VL == 1
+        used = -(label >= 0);
+#else
+        used = label >= 0;
+#endif
+        vf best = vload(z + s), own = vset(0), sum = vset(0);
+        hit = label == (vi){0};
+        for (int c = 0; c < C; c++) {
+            vf v = vload(z + (ptrdiff_t)c * ld + s);
+            vi mine = vmask(label == (vi){0} + c), above = vmask(v > best);
+            own = vselect(mine, v, own);
+            hit = (above & mine) | (~above & vmask(hit));
+            best = vmax(best, v);
+        }
         for (int c = 0; c < C; c++) {
             vf e = vexp(vload(z + (ptrdiff_t)c * ld + s) - best);
             sum += e;
@@ -342,19 +344,20 @@ static double softmax_loss(int C, int S, int ld, const int32_t *y, float scale, 
         }
         vstore(total + s, sum);
         vf inverse = vset(scale) / sum;
-        for (int c = 0; c < C; c++) vstore(z + (ptrdiff_t)c * ld + s, vload(z + (ptrdiff_t)c * ld + s) * inverse);
-    }
-    /* Σ log total = log Π total: one logarithm for up to 16 samples, each factor at most C <= 2^22 */
-    for (int s = 0; s < S; s++) {
-        product *= total[s];
-        if ((s & 15) == 15 || s + 1 == S) {
-            loss += log(product);
-            product = 1;
+        for (int c = 0; c < C; c++) {
+            float *p = z + (ptrdiff_t)c * ld + s;
+            vf g = vload(p) * inverse - vselect(vmask(label == (vi){0} + c), vset(scale), vset(0));
+            vstore(p, vselect(used, g, vset(0)));
         }
-        z[(ptrdiff_t)y[s] * ld + s] -= scale;
+        loss += vsum(vselect(used, best - own, vset(0)));
+        *correct += vcount(hit & used);
     }
-    for (int c = 0; c < C; c++)
-        for (int s = S; s < ld; s++) z[(ptrdiff_t)c * ld + s] = 0;
+    /* Σ log total = log Π total: one logarithm for 32 samples, each factor at most C <= 2^22 */
+    for (int s = 0; s < S; s += 32) {
+        double part[4] = {1, 1, 1, 1};
+        for (int i = s; i < s + 32 && i < S; i++) part[i & 3] *= total[i];
+        loss += log((part[0] * part[1]) * (part[2] * part[3]));
+    }
     return loss;
 }
 
@@ -446,10 +449,15 @@ typedef struct chunk {
     int64_t *number;
 } chunk;
 
+/* number mod capacity, without a division where there is room for all. */
+INLINE int64_t slot_of(const ift_job *job, int64_t number) {
+    return number < job->capacity ? number : number % job->capacity;
+}
+
 /* Where a sample's record is in the store, or NULL. */
 INLINE uint8_t *held(const ift_job *job, int64_t number) {
     if (!job->capacity) return NULL;
-    int64_t slot = number % job->capacity;
+    int64_t slot = slot_of(job, number);
     return job->owner[slot] == number ? job->store + slot * job->codec->stride : NULL;
 }
 
@@ -475,7 +483,7 @@ static void compute_misses(const ift_plan *p, ift_job *job, chunk *c) {
         for (int j = 0; j < n; j++, r += p->row_width) {
             c->rec[index[j]] = r;
             if (!job->codec) continue;
-            int64_t number = c->number[index[j]], slot = job->capacity ? number % job->capacity : 0;
+            int64_t number = c->number[index[j]], slot = job->capacity ? slot_of(job, number) : 0;
             uint8_t *to = bytes;
             if (job->capacity && job->owner[slot] <= number) {
                 job->owner[slot] = number;
@@ -515,6 +523,7 @@ static int64_t epochs(const ift_plan *p, ift_job *job, const int32_t *order, int
                 int S = c.n - b < B ? c.n - b : B;
                 int32_t *labels = (int32_t *)(void *)(c.number + per_chunk);
                 for (int s = 0; s < S; s++) labels[s] = job->labels[order[i + b + s]];
+                for (int s = S; s < (int)ift_pad(S); s++) labels[s] = -1;
                 float *decoded = ws + p->ws_decoded;
                 for (int s = b; frozen && s < b + S; s++) {
                     if (c.rec[s]) continue;

@@ -89,7 +89,7 @@ static void frozen_workspace(ift_plan *p, int64_t *at) {
     p->ws_rows = take_floats(at, chunk * p->row_width + IFT_PAD);
     p->ws_decoded = take_floats(at, p->batch * p->row_width + IFT_PAD);
     /* bytes: one encoded record and its unpacked codes, with slack for wide reads; then pointers and flags of a chunk */
-    p->ws_bytes = take_floats(at, 2 * p->row_width + 64 + chunk * 8);
+    p->ws_bytes = take_floats(at, 2 * p->row_width + 64 + chunk * 8 + IFT_PAD);
     p->ws_pointers = take_floats(at, 4 * chunk);
 }
 

@@ -60,7 +60,17 @@ INLINE vf vset(float x) { return x; }
 INLINE vf vmax(vf a, vf b) { return a > b ? a : b; } /* b where either is NaN */
 INLINE float vsum(vf v) { return v; }
 INLINE float vmaximum(vf v) { return v; }
+INLINE vi vmask(vi comparison) { return -(comparison != 0); }
+INLINE vf vselect(vi mask, vf yes, vf no) { return mask ? yes : no; }
+INLINE int vcount(vi mask) { return mask != 0; }
 #else
+INLINE vi vmask(vi comparison) { return comparison; } /* vectors compare to 0 and -1 already */
+INLINE vf vselect(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+INLINE int vcount(vi mask) {
+    int n = 0;
+    for (int i = 0; i < IFT_VL; i++) n -= mask[i];
+    return n;
+}
 INLINE vf vset(float x) { return x - (vf){0}; }
 /* max(a, b), and vmax(zero, x) lets a NaN in x through. */
 INLINE vf vmax(vf a, vf b) {
