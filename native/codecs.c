@@ -184,6 +184,15 @@ static void decode_halves(const ift_plan *p, const ift_codec *c, const uint8_t *
     }
 }
 
+/* Two codes a byte, the first one low. */
+static void pack_pairs(const uint8_t *restrict codes, int n, uint8_t *restrict out) {
+    for (int i = 0; i < n; i++) {
+        uint16_t two;
+        memcpy(&two, codes + 2 * i, 2);
+        out[i] = (uint8_t)(two | two >> 4);
+    }
+}
+
 void codec_encode(const ift_plan *p, const ift_codec *c, const float *row, uint8_t *out, uint8_t *scratch) {
     if (c->id == IFT_FP32) {
         memcpy(out, row, (size_t)p->row_width * sizeof *row);
@@ -222,12 +231,7 @@ void codec_encode(const ift_plan *p, const ift_codec *c, const float *row, uint8
             else encode_steps(row + u->at, u->n, inv, scratch + u->code);
         }
     }
-    if (four)
-        for (int i = 0; i < c->codes_n / 2; i++) { /* two codes a byte, the first one low */
-            uint16_t two;
-            memcpy(&two, scratch + 2 * i, 2);
-            out[c->codes_at + i] = (uint8_t)(two | two >> 4);
-        }
+    if (four) pack_pairs(scratch, c->codes_n / 2, out + c->codes_at);
 }
 
 #if IFT_VL == 16
