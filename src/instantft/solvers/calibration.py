@@ -1,0 +1,119 @@
+"""From scores to probabilities: one temperature, fitted on scores of left-out samples, and how well it fits.
+
+Ridge regression of one-hot targets orders the classes well, but its scores, which lie mostly between 0 and 1, are no
+logits. One factor β makes them so: p = softmax(β·z). It multiplies all scores, so no decision changes, and it is
+folded into the adapter, so that there is one way to predict.
+
+T samples, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UsageError
+
+__all__ = ["Temperature", "expected_calibration_error", "fit_temperature", "log_loss", "softmax"]
+
+Array = NDArray[Any]
+Labels = NDArray[np.integer[Any]]
+
+LOWEST, HIGHEST = 1e-3, 1e3
+"""Bounds of β; scores are of order 1."""
+
+STEPS = 50
+TOLERANCE = 1e-6
+"""Newton's iterations stop when the relative step is below this."""
+
+
+class Temperature(float):
+    """The factor β by which scores are multiplied to become logits (one over what is usually called temperature)."""
+
+
+def softmax(logits: Array) -> Array:
+    """(T, C) by row."""
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(p / p.sum(axis=1, keepdims=True))
+
+
+def log_loss(logits: Array, y: Labels) -> Array:
+    """(T,): −log of the probability that softmax gives to each sample's own class."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return np.asarray(np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(y)), y])
+
+
+def fit_temperature(scores: Array, y: Labels) -> Temperature:
+    """β by maximum likelihood on the scores of left-out samples, with a cap that follows from their number.
+
+    T samples cannot show an error rate below about 1/T: where all of them are right, the likelihood alone would make β
+    infinite. So a share 1/(T+1) of every target is spread over all classes. The loss stays convex in β and its
+    minimum finite.
+
+        f(β) = Σ_i log Σ_c exp(β·z_ic) − β·Σ_c t_ic·z_ic
+
+    Args:
+        scores: (T, C), of samples that the scores' model has not seen.
+        y: (T,) labels.
+
+    Returns:
+        β; 1 where the scores say nothing (all alike).
+
+    Raises:
+        UsageError: a score is not finite, or the shapes do not go together.
+    """
+    z = np.asarray(scores, np.float64)
+    if z.ndim != 2 or len(z) != len(y) or not len(z):
+        raise UsageError(f"scores and labels must be of one length, at least 1, not {list(z.shape)} and {len(y)}")
+    if not np.isfinite(z).all():
+        raise UsageError("scores must be finite, not NaN or Inf")
+    T = len(z)
+    z = z - z.mean(axis=1, keepdims=True)
+    spread = float(np.sqrt(np.mean(z * z)))
+    if spread < 1e-12:
+        return Temperature(1.0)
+    share = 1.0 / (T + 1)
+    wanted = (1 - share) * float(z[np.arange(T), y].mean())  # the uniform share adds nothing: z is centred
+    low, high = LOWEST / spread, HIGHEST / spread
+    beta = min(max(1.0 / spread, low), high)
+    for _ in range(STEPS):
+        p = softmax(beta * z)
+        mean = np.einsum("ij,ij->i", p, z)
+        slope = float(mean.mean()) - wanted
+        curvature = float((np.einsum("ij,ij->i", p, z * z) - mean * mean).mean())
+        if slope > 0:
+            high = beta
+        else:
+            low = beta
+        step = beta - slope / curvature if curvature > 0 else -1.0
+        # Newton where it stays between what is known to be too low and too high, else the geometric middle.
+        new = step if low < step < high else float(np.sqrt(low * high))
+        if abs(new - beta) <= TOLERANCE * beta:
+            break
+        beta = new
+    return Temperature(beta)
+
+
+def expected_calibration_error(probabilities: Array, y: Labels, bins: int = 15) -> float:
+    """How far confidence is from accuracy: Σ_b n_b/T · |accuracy_b − confidence_b| over bins of equal width.
+
+    Args:
+        probabilities: (T, C), rows that sum to 1.
+        y: (T,) labels.
+        bins: of the largest probability, from 0 to 1.
+
+    Returns:
+        0 (calibrated) to 1.
+
+    Raises:
+        UsageError: there are no samples or no bins.
+    """
+    p = np.asarray(probabilities, np.float64)
+    if p.ndim != 2 or len(p) != len(y) or not len(p) or bins < 1:
+        raise UsageError(f"calibration needs samples and bins, not shapes {list(p.shape)}, {len(y)} and {bins} bins")
+    confidence = p.max(axis=1)
+    right = (p.argmax(axis=1) == y).astype(np.float64)
+    place = np.minimum((confidence * bins).astype(np.intp), bins - 1)
+    return float(np.abs(np.bincount(place, right - confidence, bins)).sum() / len(p))

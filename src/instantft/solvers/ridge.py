@@ -1,0 +1,434 @@
+"""Fine-tuning in closed form: ridge regression of one-hot targets on the taps. No epochs, no learning rate.
+
+    Z = [√w_0·s·x^0 | … | √w_{L-1}·s·x^{L-1} | 1]         features (T, D+1)
+    min_W ‖Z·W − Y‖² + λ‖W‖²                              Y one-hot, (T, C)
+
+in the dual where T < D,   (K + 1 + λI)·α = Y,  K = s²·Σ_k w_k·X_k·X_kᵀ,  W_k = s²·w_k·X_kᵀ·α,  bias = Σ_i α_i
+in the primal otherwise,   (ZᵀZ + λI)·W = ZᵀY, streamed over chunks of samples
+
+s makes the mean norm of a record 1. λ and the weights w of the taps (`taps.choose`) are found on at most SUBSET samples
+by exact leave-one-out; the temperature β (`calibration`) on the left-out scores of all. What comes out is an adapter of
+the general form y = gain·c + Σ x^k·A_k·B_k + bias, with gain 0, A_k = β·W_k and B_k = I, so that evaluation, prediction
+and export have no second path.
+
+This file says what is solved; `factor` and `taps` say how. T samples, L taps, N_k their widths, D = ΣN_k, C outputs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..adapters import Adapter
+from ..backbones.builtin import Network
+from ..cache.store import Store
+from ..engine import Engine, Floats
+from ..errors import DataError, UsageError
+from ..spec import NetSpec
+from . import taps as selection
+from .calibration import Temperature, expected_calibration_error, fit_temperature, softmax
+from .factor import Factor, Rows, blocks_of, cholesky, inverse_lower, primal_left_out
+from .sgd import Seconds, check_arguments
+
+__all__ = ["METHOD", "Records", "RidgeResult", "fit_ridge"]
+
+METHOD = "skip-ridge"
+
+Array = NDArray[Any]
+Doubles = NDArray[np.float64]
+
+SUBSET = 256
+"""Samples on which λ and the weights of the taps are found."""
+
+CHUNK = 1024
+"""Samples that the primal sees at a time."""
+
+MAX_SYSTEM = 20_000
+"""Largest system that is factorised, in rows: 3.2 GB in float64."""
+
+SCORED = 4096
+"""Most samples for which the primal computes left-out scores by itself; the dual has them for all."""
+
+
+@dataclass(frozen=True)
+class RidgeResult:
+    """What a closed-form fit yields.
+
+    Attributes:
+        adapter: the adapter, method ``skip-ridge``.
+        seconds: the time it took, as `sgd.Seconds`.
+        lam: λ.
+        weights: (L,) w_k of each tap; 0: not used.
+        scale: s, by which all taps were multiplied.
+        temperature: β, folded into the adapter.
+        space: which system was solved.
+        loo_scores: (n, C) float32, logits β·z of samples that were left out, one at a time or with their group.
+        loo_rows: (n,) rows of x they belong to.
+        labels: (n,) their labels.
+    """
+
+    adapter: Adapter
+    seconds: Seconds
+    lam: float
+    weights: tuple[float, ...]
+    scale: float
+    temperature: Temperature
+    space: Literal["dual", "primal"]
+    loo_scores: Floats = field(repr=False)
+    loo_rows: Rows = field(repr=False)
+    labels: NDArray[np.int32] = field(repr=False)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The taps in use."""
+        return tuple(k for k, w in enumerate(self.weights) if w > 0)
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """(n,): which left-out samples were classified correctly."""
+        return np.asarray(self.loo_scores.argmax(axis=1) == self.labels)
+
+    @property
+    def loo_accuracy(self) -> float:
+        """Share of left-out samples classified correctly."""
+        return float(self.correct.mean())
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error of the left-out probabilities."""
+        return expected_calibration_error(softmax(self.loo_scores), self.labels)
+
+
+class Records:
+    """Taps of T samples: x^0 from the data, the others from the store, or from the frozen network where it lacks them.
+
+    Args:
+        engine, base, threads: who computes what the store lacks.
+        x: (T, N) float32.
+        numbers: (T,), the number of each sample in the store.
+        store: the forward cache; what it holds is used as its codec gives it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        base: Network,
+        x: Floats,
+        numbers: NDArray[np.int64],
+        store: Store | None,
+        threads: int = 1,
+    ) -> None:
+        self._engine, self._base, self._threads = engine, base, threads
+        self._x, self._numbers, self._store = x, numbers, store
+        self._rows: Floats | None = None
+        self.spec: NetSpec = base.spec
+        ends = [s.offset + s.size for s in base.spec.record.segments[:-1]]
+        self._places = [(s.offset, s.offset + s.size) for s in base.spec.record.segments[:-1]]
+        self._used = ends[-1] if ends else 0
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def keep(self) -> None:
+        """Hold the records of all samples decoded in memory from now on."""
+        if self._rows is None:
+            self._rows = self._read(slice(0, len(self)))
+
+    def taps(self, which: slice | Rows) -> list[Floats]:
+        """x^0 … x^{L-1} of some samples, (n, N_k) each."""
+        rows = self._rows[which] if self._rows is not None else self._read(which)
+        return [self._x[which], *(rows[:, a:b] for a, b in self._places)]
+
+    def chunks(self) -> Iterator[slice]:
+        """All samples, CHUNK at a time."""
+        for start in range(0, len(self), CHUNK):
+            yield slice(start, min(start + CHUNK, len(self)))
+
+    def gram(self, weights: Sequence[float]) -> Doubles:
+        """K = Σ_k w_k·X_k·X_kᵀ (T, T), the products in float32.
+
+        Neighbouring taps of one weight are one product: the zeros between them add nothing.
+        """
+        self.keep()
+        assert self._rows is not None
+        K = np.zeros((len(self), len(self)))
+        if weights[0]:
+            K += np.float64(weights[0]) * (self._x @ self._x.T)
+        k = 1
+        while k < len(weights):
+            last = k
+            while last + 1 < len(weights) and weights[last + 1] == weights[k]:
+                last += 1
+            if weights[k]:
+                block = self._rows[:, self._places[k - 1][0] : self._places[last - 1][1]]
+                K += np.float64(weights[k]) * (block @ block.T)
+            k = last + 1
+        return K
+
+    def _read(self, which: slice | Rows) -> Floats:
+        """Record rows (n, width)."""
+        numbers, x = self._numbers[which], self._x[which]
+        store = self._store
+        if store is None:
+            return self._engine.records(self.spec, self._base.tensors, x, self._threads)
+        held = store.held(numbers)
+        if held.all():
+            return store.read(numbers)
+        rows = np.empty((len(x), self.spec.record.width), np.float32)
+        rows[held] = store.read(numbers[held])
+        fresh = self._engine.records(self.spec, self._base.tensors, np.ascontiguousarray(x[~held]), self._threads)
+        rows[~held] = store.codec.decode(store.codec.encode(fresh, store.record), store.record)
+        return rows
+
+
+def fit_ridge(
+    engine: Engine,
+    base: Network,
+    x: Floats,
+    y: NDArray[np.int32],
+    *,
+    store: Store | None = None,
+    numbers: NDArray[np.int64] | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+    threads: int = 1,
+    groups: Array | None = None,
+    taps: Literal["auto", "all"] | Sequence[int] = "auto",
+) -> RidgeResult:
+    """Adapt `base` to labelled samples in closed form.
+
+    Args:
+        engine: who runs the frozen network.
+        base: the frozen network.
+        x: (T, N) float32, as `data.as_samples` yields them.
+        y: (T,) int32 labels.
+        store: the forward cache; None: the frozen network runs once a sample and nothing is kept.
+        numbers: (T,), the number of each sample in the store; None: 0 … T-1.
+        rank: R of the adapter of each tap; None: full rank, stored as R = C.
+        seed: which samples λ and the weights of the taps are found on.
+        threads: used for running the frozen network.
+        groups: (T,) a label a sample; samples of a group are left out together, for the scores and for choosing
+            taps. Give them where samples resemble others: one group a recording, a person, a stretch of time.
+        taps: "auto": weighted by leave-one-out (`taps.choose`); "all": equal weights; or the taps to use, equally.
+
+    Returns:
+        The adapter, λ, weights, temperature and left-out scores.
+
+    Raises:
+        UsageError: an argument is out of range, or the system would be too large.
+        DataError: labels or records that cannot be used.
+    """
+    spec, T = base.spec, len(x)
+    check_arguments(seed=seed, threads=threads, rank=1 if rank is None else rank)
+    groups = _check(spec, x, y, groups)
+    if numbers is None:
+        numbers = np.arange(T, dtype=np.int64)
+    D = sum(spec.tap_widths)
+    if min(T, D + 1) > MAX_SYSTEM:
+        raise UsageError(
+            f"ridge regression needs at most {MAX_SYSTEM} samples or features, not {T} samples of {D} features: "
+            "use fewer samples, or a method that makes steps"
+        )
+
+    began = time.perf_counter()
+    if store is not None and store.capacity >= T:
+        engine.fill(spec, base.tensors, x, numbers, store, threads)
+    records = Records(engine, base, x, numbers, store, threads)
+    dual = T <= D
+    if dual or T * spec.record.width <= MAX_SYSTEM * CHUNK:
+        records.keep()
+    filled = time.perf_counter()
+
+    choice = _choose(records, y, groups, seed, taps)
+    Y = np.eye(spec.C)[y]
+    fitted = (_dual if dual else _primal)(records, Y, choice, groups, seed)
+    beta = fit_temperature(fitted.scores, y[fitted.rows])
+    tensors = _tensors(spec, fitted, float(beta), rank)
+    config = {
+        "samples": T,
+        "lambda": choice.lam,
+        "taps": [float(w) for w in choice.weights],
+        "temperature": float(beta),
+        "space": "dual" if dual else "primal",
+        "seed": int(seed),
+        "cache": None if store is None else store.codec.name,
+        "engine": engine.name,
+    }
+    adapter = Adapter(METHOD, spec.C if rank is None else int(rank), spec, base.hash, tensors, config)
+    scores = (float(beta) * fitted.scores).astype(np.float32)
+    done = time.perf_counter()
+    return RidgeResult(
+        adapter,
+        Seconds(filled - began, done - filled),
+        choice.lam,
+        choice.weights,
+        fitted.scale,
+        beta,
+        "dual" if dual else "primal",
+        scores,
+        fitted.rows,
+        y[fitted.rows],
+    )
+
+
+def _check(spec: NetSpec, x: Floats, y: NDArray[np.int32], groups: Array | None) -> Array | None:
+    T = len(x)
+    if T < 1 or np.shape(y) != (T,):
+        raise DataError(f"samples and labels must be of one length, at least 1, not {T} and {list(np.shape(y))}")
+    if int(np.min(y)) < 0 or int(np.max(y)) >= spec.C:
+        raise DataError(f"labels must be 0 to {spec.C - 1}, not {np.min(y)} to {np.max(y)}")
+    if groups is None:
+        return None
+    groups = np.asarray(groups)
+    if groups.shape != (T,):
+        raise DataError(f"groups must be one label a sample, ({T},), not {list(groups.shape)}")
+    return groups
+
+
+def _choose(
+    records: Records, y: NDArray[np.int32], groups: Array | None, seed: int, taps: str | Sequence[int]
+) -> selection.Choice:
+    """λ and weights, found on a subset that keeps the order of the samples."""
+    T, L, C = len(records), records.spec.L, records.spec.C
+    rows = np.arange(T)
+    if T > SUBSET:
+        rows = np.sort(np.random.default_rng([seed, 3]).choice(T, SUBSET, replace=False))
+    parts = records.taps(rows)
+    grams = []
+    for part in parts:
+        K = np.asarray(part @ part.T, np.float64)
+        if not np.isfinite(K).all():
+            raise DataError("records must be finite and small enough to be squared, not NaN, Inf or above 1e18")
+        grams.append(K)
+    Y = np.eye(C)[y[rows]]
+    if isinstance(taps, str):
+        if taps not in ("auto", "all"):
+            raise UsageError(f"taps must be 'auto', 'all' or numbers of taps, not {taps!r:.60}")
+        if taps == "auto":
+            return selection.choose(grams, Y, None if groups is None else blocks_of(groups[rows]))
+        weights = (1.0,) * L
+    else:
+        wanted = set(taps)
+        if not wanted or not wanted <= set(range(L)):
+            raise UsageError(f"taps must be some of 0 to {L - 1}, not {list(taps)!r:.60}")
+        weights = tuple(float(k in wanted) for k in range(L))
+    return selection.with_weights(grams, Y, weights)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """W_k (N_k, C) of each tap in use, bias (C,), and left-out scores (n, C) of some rows (n,), before β."""
+
+    W: dict[int, Doubles]
+    bias: Doubles
+    scale: float
+    scores: Doubles
+    rows: Rows
+
+
+def _dual(records: Records, Y: Doubles, choice: selection.Choice, groups: Array | None, seed: int) -> _Fitted:
+    G = records.gram(choice.weights)
+    scale = selection.common_scale(np.diagonal(G))
+    G *= scale * scale
+    G += 1.0
+    G[np.diag_indices_from(G)] += choice.lam
+    factor = Factor(G)
+    alpha = factor.solve(Y)
+    residuals = factor.left_out(alpha, None if groups is None else blocks_of(groups))
+    small = alpha.astype(np.float32)
+    parts = records.taps(slice(0, len(records)))
+    W = {
+        k: np.asarray(parts[k].T @ small, np.float64) * (w * scale * scale)
+        for k, w in enumerate(choice.weights)
+        if w > 0
+    }
+    return _Fitted(W, alpha.sum(axis=0), scale, Y - residuals, np.arange(len(Y)))
+
+
+def _primal(records: Records, Y: Doubles, choice: selection.Choice, groups: Array | None, seed: int) -> _Fitted:
+    used = [k for k, w in enumerate(choice.weights) if w > 0]
+    widths = [records.spec.tap_widths[k] for k in used]
+    roots = np.repeat([np.sqrt(choice.weights[k]) for k in used], widths)
+    D, norms = sum(widths), 0.0
+    A, R = np.zeros((D + 1, D + 1)), np.zeros((D + 1, Y.shape[1]))
+
+    def features(which: slice | Rows) -> Doubles:
+        parts = records.taps(which)
+        Z = np.ones((len(parts[0]), D + 1))
+        np.concatenate([parts[k] for k in used], axis=1, out=Z[:, :D])
+        Z[:, :D] *= roots
+        return Z
+
+    for rows in records.chunks():
+        Z = features(rows)
+        norms += float(np.sqrt(np.einsum("ij,ij->i", Z[:, :D], Z[:, :D])).sum())
+        A += Z.T @ Z
+        R += Z.T @ Y[rows]
+    scale = len(records) / norms if norms > 0 else 1.0
+    stretch = np.append(np.full(D, scale), 1.0)
+    A *= stretch[:, None] * stretch
+    R *= stretch[:, None]
+    A[np.diag_indices_from(A)] += choice.lam
+    V = inverse_lower(cholesky(A))
+    W = V.T @ (V @ R)
+    scored = _scored(len(records), groups, seed)
+    scores = np.empty((len(scored), Y.shape[1]))
+    for start, stop in _whole_blocks(scored, groups):
+        some = scored[start:stop]
+        Z = features(some) * stretch
+        e = primal_left_out(Z, Y[some] - Z @ W, V, None if groups is None else blocks_of(groups[some]))
+        scores[start:stop] = Y[some] - e
+    W[:D] *= (scale * roots)[:, None]
+    cuts = np.cumsum([0, *widths])
+    return _Fitted({k: W[a:b] for k, a, b in zip(used, cuts, cuts[1:], strict=False)}, W[D], scale, scores, scored)
+
+
+def _scored(T: int, groups: Array | None, seed: int) -> Rows:
+    """The rows of which the primal computes left-out scores: all, or about SCORED of them in whole groups."""
+    if T <= SCORED:
+        return np.arange(T) if groups is None else np.concatenate(blocks_of(groups))
+    rng = np.random.default_rng([seed, 4])
+    if groups is None:
+        return np.sort(rng.choice(T, SCORED, replace=False))
+    blocks = blocks_of(groups)
+    chosen: list[Rows] = []
+    for i in rng.permutation(len(blocks)):
+        if chosen and sum(map(len, chosen)) + len(blocks[i]) > SCORED:
+            break
+        chosen.append(blocks[i])
+    return np.concatenate(chosen)
+
+
+def _whole_blocks(rows: Rows, groups: Array | None) -> Iterator[tuple[int, int]]:
+    """Cuts of `rows` at about CHUNK, never inside a group."""
+    if groups is None:
+        for start in range(0, len(rows), CHUNK):
+            yield start, min(start + CHUNK, len(rows))
+        return
+    labels = groups[rows]
+    ends = np.append(np.flatnonzero(labels[1:] != labels[:-1]) + 1, len(rows))
+    start = 0
+    for i, end in enumerate(ends):
+        if end - start >= CHUNK or i == len(ends) - 1:
+            yield start, int(end)
+            start = int(end)
+
+
+def _tensors(spec: NetSpec, fitted: _Fitted, beta: float, rank: int | None) -> dict[str, Floats]:
+    """The adapter's tensors; B_k = I at full rank."""
+    if rank is not None:
+        raise UsageError("rank must be None: reduced rank is not there yet")
+    tensors: dict[str, Floats] = {}
+    for k in range(spec.L):
+        W = fitted.W.get(k)
+        A = np.zeros((spec.tap_widths[k], spec.C)) if W is None else beta * W
+        tensors[f"lora.{k}-{spec.L}.A"] = A.astype(np.float32)
+        tensors[f"lora.{k}-{spec.L}.B"] = np.eye(spec.C, dtype=np.float32)
+    tensors["output.gain"] = np.zeros(1, np.float32)
+    tensors["output.bias"] = (beta * fitted.bias).astype(np.float32)
+    return tensors
