@@ -496,6 +496,62 @@ static void compute_misses(const ift_plan *p, ift_job *job, chunk *c) {
     }
 }
 
+/* Point at a chunk's samples, and at those records that can be used where they lie (fp32). Returns how many records the
+ * store lacks. */
+static int gather(const ift_job *job, const int32_t *order, chunk *c) {
+    int lacking = 0, in_place = job->codec && job->codec->id == IFT_FP32;
+    for (int s = 0; s < c->n; s++) {
+        int64_t row = order[s], number = job->numbers[row];
+        const uint8_t *at = held(job, number);
+        c->x[s] = job->x + row * job->x_pitch;
+        c->number[s] = number;
+        c->rec[s] = in_place ? (const float *)(const void *)at : NULL;
+        lacking += !at;
+    }
+    return lacking;
+}
+
+/* A sample whose slot another one of its chunk took: run the frozen network for it alone, into `row`. */
+static void compute_again(const ift_plan *p, ift_job *job, chunk *c, int s, float *row) {
+    chunk one = {1, c->x + s, c->rec + s, c->number + s};
+    float *first = job->workspace + p->ws_rows; /* where compute_misses writes, and where others' records lie */
+    memcpy(row, first, (size_t)p->row_width * sizeof *row);
+    compute_misses(p, job, &one);
+    for (int64_t j = 0; j < p->row_width; j++) {
+        float t = first[j];
+        first[j] = row[j], row[j] = t;
+    }
+    c->rec[s] = row;
+}
+
+/* Records of samples b … b+S, decoded where they are not there yet. */
+static void resolve(const ift_plan *p, ift_job *job, chunk *c, int b, int S) {
+    float *row = job->workspace + p->ws_decoded;
+    for (int s = b; s < b + S; s++) {
+        if (c->rec[s]) continue;
+        const uint8_t *from = held(job, c->number[s]);
+        if (from && job->codec->id == IFT_FP32) {
+            c->rec[s] = (const float *)(const void *)from;
+            continue;
+        }
+        if (from) codec_decode(p, job->codec, from, row);
+        else compute_again(p, job, c, s, row);
+        c->rec[s] = row;
+        row += p->row_width;
+    }
+}
+
+/* Rows that the next step will read, for fetching them while this one runs: next[0…S) inputs, next[S…2S) records. */
+static void look_ahead(const ift_job *job, const int32_t *order, int S, const float *const *rec, const float **next) {
+    for (int s = 0; s < S; s++) {
+        int64_t row = order[s], number = job->numbers[row];
+        const uint8_t *at = job->codec && job->codec->id == IFT_FP32 ? held(job, number) : NULL;
+        next[s] = job->x + row * job->x_pitch;
+        next[S + s] = at ? (const float *)(const void *)at : rec[s];
+        if (job->codec && !at) prefetch_record(job, number);
+    }
+}
+
 static int64_t epochs(const ift_plan *p, ift_job *job, const int32_t *order, int64_t E, int64_t T, double *loss,
                       int64_t *correct) {
     float *ws = job->workspace;
@@ -506,69 +562,39 @@ static int64_t epochs(const ift_plan *p, ift_job *job, const int32_t *order, int
     c.x = (const float **)(void *)pointers;
     c.rec = c.x + per_chunk;
     c.number = (int64_t *)(void *)(c.rec + per_chunk);
+    int32_t *labels = (int32_t *)(void *)(c.number + per_chunk);
+    const float **next = (const float **)(void *)(ws + p->ws_pointers);
     int64_t step = 0;
     if (frozen) pack_frozen(p, job->frozen, ws);
     if (p->general) prepare(p, job->params, 1, ws);
     for (int64_t e = 0; e < E; e++, order += T) {
         loss[e] = 0, correct[e] = 0;
         for (int64_t i = 0; i < T; i += per_chunk) {
+            int64_t misses = job->misses;
             c.n = T - i < per_chunk ? (int)(T - i) : per_chunk;
-            for (int s = 0; s < c.n; s++) {
-                c.x[s] = job->x + order[i + s] * job->x_pitch;
-                c.number[s] = job->numbers[order[i + s]];
-                c.rec[s] = NULL;
+            if (gather(job, order + i, &c) && frozen) {
+                for (int s = 0; s < c.n; s++) c.rec[s] = NULL; /* what is computed may take a slot that was held */
+                compute_misses(p, job, &c);
             }
-            if (frozen) compute_misses(p, job, &c);
             for (int b = 0; b < c.n; b += B) {
                 int S = c.n - b < B ? c.n - b : B;
-                int32_t *labels = (int32_t *)(void *)(c.number + per_chunk);
                 for (int s = 0; s < S; s++) labels[s] = job->labels[order[i + b + s]];
                 for (int s = S; s < (int)ift_pad(S); s++) labels[s] = -1;
-                float *decoded = ws + p->ws_decoded;
-                for (int s = b; frozen && s < b + S; s++) {
-                    if (c.rec[s]) continue;
-                    const uint8_t *from = held(job, c.number[s]);
-                    if (!from) { /* another sample of this chunk took its slot: run it by itself */
-                        chunk one = {1, c.x + s, c.rec + s, c.number + s};
-                        float *keep = ws + p->ws_rows;
-                        memcpy(decoded, keep, (size_t)p->row_width * sizeof *decoded);
-                        compute_misses(p, job, &one);
-                        for (int64_t j = 0; j < p->row_width; j++) {
-                            float t = keep[j];
-                            keep[j] = decoded[j], decoded[j] = t;
-                        }
-                        c.rec[s] = decoded;
-                        decoded += p->row_width;
-                        continue;
-                    }
-                    job->hits++;
-                    if (job->codec->id == IFT_FP32) {
-                        c.rec[s] = (const float *)(const void *)from;
-                    } else {
-                        codec_decode(p, job->codec, from, decoded);
-                        c.rec[s] = decoded;
-                        decoded += p->row_width;
-                    }
-                }
+                if (frozen) resolve(p, job, &c, b, S);
                 step++;
                 double batch;
                 if (p->general) {
                     batch = general_step(p, job, S, c.x + b, c.rec + b, labels, &correct[e]);
                 } else {
-                    int64_t after = i + b + S; /* the next full batch, where there is one in this epoch */
-                    const float **next = T - after >= S ? (const float **)(void *)(ws + p->ws_pointers) : NULL;
-                    for (int s = 0; next && s < S; s++) {
-                        int32_t row = order[after + s];
-                        const uint8_t *at = job->codec && job->codec->id == IFT_FP32 ? held(job, job->numbers[row]) : NULL;
-                        next[s] = job->x + row * job->x_pitch;
-                        next[S + s] = at ? (const float *)(const void *)at : c.rec[b + s];
-                        if (job->codec && !at) prefetch_record(job, job->numbers[row]);
-                    }
-                    batch = skip_step(p, job, S, c.x + b, c.rec + b, next, next ? next + S : NULL, labels, &correct[e]);
+                    int64_t after = i + b + S;
+                    const float **ahead = T - after >= S ? next : NULL; /* a full batch follows in this epoch */
+                    if (ahead) look_ahead(job, order + after, S, c.rec + b, ahead);
+                    batch = skip_step(p, job, S, c.x + b, c.rec + b, ahead, ahead ? ahead + S : NULL, labels, &correct[e]);
                 }
                 if (!isfinite(batch)) return step;
                 loss[e] += batch;
             }
+            if (job->codec) job->hits += c.n - (job->misses - misses);
         }
     }
     return 0;

@@ -67,6 +67,11 @@ INLINE int vcount(vi mask) { return mask != 0; }
 INLINE vi vmask(vi comparison) { return comparison; } /* vectors compare to 0 and -1 already */
 INLINE vf vselect(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 INLINE int vcount(vi mask) {
+#if defined(__AVX512DQ__) && IFT_VL == 16
+    return __builtin_popcount(_mm512_movepi32_mask((__m512i)mask));
+#elif defined(__AVX__) && IFT_VL == 8
+    return __builtin_popcount((unsigned)_mm256_movemask_ps((__m256)mask));
+#endif
     int n = 0;
     for (int i = 0; i < IFT_VL; i++) n -= mask[i];
     return n;

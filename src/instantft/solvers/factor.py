@@ -152,7 +152,13 @@ class Factor:
         if blocks is None:
             diagonal = np.einsum("ij,ij->j", self.V, self.V)
             return np.asarray(alpha / diagonal[:, None])
+        blocks = list(blocks)
         e = np.empty_like(alpha)
+        if len({len(rows) for rows in blocks}) == 1:
+            every = np.array(blocks)  # (blocks, size): all of them at once
+            columns = self.V[:, every].transpose(1, 0, 2)
+            e[every] = np.linalg.solve(columns.transpose(0, 2, 1) @ columns, alpha[every])
+            return e
         for rows in blocks:
             columns = self.V[:, rows]
             e[rows] = np.linalg.solve(columns.T @ columns, alpha[rows])

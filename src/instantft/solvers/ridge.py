@@ -45,6 +45,9 @@ Doubles = NDArray[np.float64]
 SUBSET = 256
 """Samples on which λ and the weights of the taps are found."""
 
+BLOCKS = 32
+"""Runs of consecutive samples that the subset consists of."""
+
 CHUNK = 1024
 """Samples that the primal sees at a time."""
 
@@ -295,9 +298,9 @@ def _choose(
 ) -> selection.Choice:
     """λ and weights, found on a subset that keeps the order of the samples."""
     T, L, C = len(records), records.spec.L, records.spec.C
-    rows = np.arange(T)
-    if T > SUBSET:
-        rows = np.sort(np.random.default_rng([seed, 3]).choice(T, SUBSET, replace=False))
+    rows, blocks = subset(T, seed)
+    if groups is not None:
+        blocks = blocks_of(groups[rows])
     parts = records.taps(rows)
     grams = []
     for part in parts:
@@ -310,7 +313,7 @@ def _choose(
         if taps not in ("auto", "all"):
             raise UsageError(f"taps must be 'auto', 'all' or numbers of taps, not {taps!r:.60}")
         if taps == "auto":
-            return selection.choose(grams, Y, None if groups is None else blocks_of(groups[rows]))
+            return selection.choose(grams, Y, blocks)
         weights = (1.0,) * L
     else:
         wanted = set(taps)
@@ -318,6 +321,27 @@ def _choose(
             raise UsageError(f"taps must be some of 0 to {L - 1}, not {list(taps)!r:.60}")
         weights = tuple(float(k in wanted) for k in range(L))
     return selection.with_weights(grams, Y, weights)
+
+
+def subset(T: int, seed: int) -> tuple[Rows, list[Rows]]:
+    """At most SUBSET rows of T in order: BLOCKS runs of consecutive samples, spread evenly with a random start.
+
+    Runs, so that samples that resemble their neighbours (consecutive spectra, overlapping windows) do so here too,
+    and are left out together.
+
+    Returns:
+        The rows, and for each run its place among them.
+    """
+    n = min(T, SUBSET)
+    cuts = np.arange(BLOCKS + 1) * n // BLOCKS
+    blocks = [np.arange(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+    if n == T:
+        return np.arange(T), blocks
+    run = SUBSET // BLOCKS
+    free = (T - n) / BLOCKS
+    shift = np.random.default_rng([seed, 3]).random()
+    starts = np.array([int((i + shift) * free) + i * run for i in range(BLOCKS)])
+    return (starts[:, None] + np.arange(run)).ravel(), blocks
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .calibration import fit_temperature, log_loss
 from .factor import Factor, Rows
 
-__all__ = ["Choice", "choose", "common_scale", "with_weights"]
+__all__ = ["LADDER", "Choice", "best_lambda", "choose", "common_scale", "ladder_weights", "system", "with_weights"]
 
 Array = NDArray[Any]
 Doubles = NDArray[np.float64]
+
+LADDER = ((1.0, 1.0), (0.3, 1.0), (0.03, 1.0), (0.03, 0.0))
+"""Weights to choose from, as (δ, ρ) of `ladder_weights`: from all taps alike to the raw input and a trace of x^1.
+
+The deeper a tap, the more it was made for the data before the drift. docs/decisions/ridge.md has the measurements."""
+
+MARGIN = 1.0
+"""Standard errors by which a rung may be worse than the best."""
 
 START = 0.1
 STEP = 0.5
@@ -103,6 +112,53 @@ def with_weights(grams: Sequence[Doubles], Y: Doubles, weights: Sequence[float])
     return Choice(lam, tuple(float(w) for w in weights))
 
 
-def choose(grams: Sequence[Doubles], Y: Doubles, blocks: Sequence[Rows] | None = None) -> Choice:
-    """λ and weights."""
-    return with_weights(grams, Y, (1.0,) * len(grams))
+def choose(grams: Sequence[Doubles], Y: Doubles, blocks: Sequence[Rows], margin: float = MARGIN) -> Choice:
+    """λ and weights: down the `LADDER` from equal weights, as long as a step costs no more than chance would.
+
+    Every rung gets its own λ by leave-one-out. Rungs are compared by the log loss of left-out blocks, each at its own
+    temperature: squared error would prefer whatever interpolates neighbours best, and accuracy is too coarse for a few
+    hundred samples. A rung is as good as the best one if it is worse by at most `margin` standard errors of the mean
+    difference over the blocks; of those, the one that leans least on the deep taps wins.
+
+    Args:
+        grams: L matrices (n, n), the Gram matrix of each tap.
+        Y: (n, C) one-hot targets.
+        blocks: rows that are left out together.
+        margin: standard errors.
+    """
+    y = Y.argmax(axis=1)
+    best: Doubles | None = None
+    chosen = Choice(START, (1.0,) * len(grams))
+    for delta, rho in LADDER:
+        if rho == 0 and len(grams) < 3:
+            continue
+        weights = ladder_weights(len(grams), delta, rho)
+        K = system(grams, weights)
+        lam, _ = best_lambda(K, Y, chosen.lam)
+        scores = Y - left_out(K, Y, lam, blocks)
+        loss = log_loss(float(fit_temperature(scores, y)) * scores, y)
+        if best is not None and not _as_good(loss, best, blocks, margin):
+            break
+        chosen = Choice(lam, weights)
+        if best is None or loss.mean() < best.mean():
+            best = loss
+    return chosen
+
+
+def ladder_weights(L: int, delta: float, rho: float) -> tuple[float, ...]:
+    """1 for the raw input, δ for the first tap behind it, δ·ρ for the others."""
+    return tuple(1.0 if k == 0 else delta if k == 1 else delta * rho for k in range(L))
+
+
+def _as_good(loss: Doubles, best: Doubles, blocks: Sequence[Rows], margin: float) -> bool:
+    """Whether the mean loss is above the best one by at most `margin` standard errors, samples of a block as one."""
+    difference = loss - best
+    sums = np.array([difference[rows].sum() for rows in blocks])
+    B = len(sums)
+    if B < 2:
+        return float(difference.mean()) <= 0
+    sizes = np.array([len(rows) for rows in blocks])
+    mean = float(difference.mean())
+    spread = sums - mean * sizes
+    error = float(np.sqrt(B / (B - 1) * (spread * spread).sum())) / len(loss)
+    return mean <= margin * error
