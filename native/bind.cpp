@@ -130,6 +130,7 @@ NB_MODULE(_core, m) {
                 size_t n = static_cast<size_t>(p.plan.params);
                 need(params.size() >= n && (grads.size() >= n || !p.plan.general), "parameters too small for the plan");
                 need(velocity.size() == 0 || velocity.size() >= n, "velocity too small for the plan");
+                need(!cached || store.size() >= owner.size() * static_cast<size_t>(p.codec.stride), "store too small");
                 need(labels.size() == x.shape(0) && numbers.size() == x.shape(0), "one label and number a sample");
                 need(order.ndim() == 2 && loss.size() >= order.shape(0) && correct.size() >= order.shape(0),
                      "order must be (E, T)");

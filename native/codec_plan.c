@@ -55,14 +55,17 @@ int64_t ift_codec_memory(const ift_plan *p, int32_t id) {
     return runs_of(p, id) * (int64_t)sizeof(ift_run) + (p->row_width / 16 + p->L) * (int64_t)sizeof(ift_block) + 8;
 }
 
-/* Cut the runs of 4-bit codes into blocks. A segment's runs follow each other; it starts where `at` is a multiple of 16
- * that does not continue the run before. Returns how many, or 0 where blocks cannot serve. */
+/* Cut the runs of 4-bit codes into blocks. Runs that follow each other in the row and in the codes, on the same levels,
+ * are cut together. Returns how many blocks, or 0 where they cannot serve. */
 static int32_t make_blocks(const ift_codec *c, ift_block *blocks) {
     if (c->scales_n > IFT_BLOCK_SCALES) return 0;
     int32_t count = 0;
     for (int32_t r = 0; r < c->runs_n;) {
         int32_t start = c->runs[r].at, code = c->runs[r].code, levels = c->runs[r].levels, end = start, last = r;
-        while (last < c->runs_n && c->runs[last].at == end) end += c->runs[last++].n;
+        for (; last < c->runs_n; end += c->runs[last++].n) {
+            const ift_run *u = &c->runs[last];
+            if (u->at != end || u->code - code != end - start || u->levels != levels) break;
+        }
         if (code & 1) return 0;
         for (int32_t at = start; at < end; at += 32) {
             ift_block b = {.at = at, .code = (code + at - start) / 2, .halves = at + 16 < end ? 2 : 1,

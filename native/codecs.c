@@ -29,14 +29,16 @@ static float float_of(uint32_t u) {
 INLINE uint16_t to_half(float f) {
     uint32_t u = bits_of(f), sign = u >> 16 & 0x8000u;
     u &= 0x7fffffffu;
+    uint32_t nan = u > 0x7f800000u ? 0x7e00u : 0; /* must still be seen */
     u = u > 0x477fe000u ? 0x477fe000u : u; /* 65504 */
     uint32_t normal = (u - 0x38000000u + 0xfffu + (u >> 13 & 1u)) >> 13;
     uint32_t tiny = bits_of(float_of(u) + 0.5f) - 0x3f000000u; /* the addition rounds to 2^-24 */
-    return (uint16_t)(sign | (u < 0x38800000u ? tiny : normal));
+    return (uint16_t)(sign | (u < 0x38800000u ? tiny : normal) | nan);
 }
 INLINE float from_half(uint16_t h) {
     float f = float_of((uint32_t)(h & 0x7fffu) << 13) * 0x1p112f;
-    return float_of(bits_of(f) | (uint32_t)(h & 0x8000u) << 16);
+    uint32_t nan = (h & 0x7c00u) == 0x7c00u ? 0x7fc00000u : 0; /* infinities are never written */
+    return float_of(bits_of(f) | nan | (uint32_t)(h & 0x8000u) << 16);
 }
 
 /* The least bfloat16 that is not below a nonnegative f. */
@@ -235,13 +237,11 @@ void codec_encode(const ift_plan *p, const ift_codec *c, const float *row, uint8
 }
 
 #if IFT_VL == 16
-/* 16 codes a step. */
-static void decode_run(const ift_run *u, const uint8_t *codes, float scale, float *out) {
-    const uint8_t *p = codes + (u->code >> 1);
-    int odd = u->code & 1;
-    for (int i = 0; i < u->n; i++, odd ^= 1) {
-        int c = odd ? *p++ >> 4 : *p & 15;
-        out[i] = (u->levels ? nf4_levels[c] : (float)c) * scale;
+static void decode_run(const ift_run *u, const uint8_t *codes, float scale, float *out, int room) {
+    (void)room;
+    for (int i = 0, c = u->code; i < u->n; i++, c++) {
+        int code = codes[c >> 1] >> (c & 1) * 4 & 15;
+        out[i] = (u->levels ? nf4_levels[code] : (float)code) * scale;
     }
 }
 
@@ -265,13 +265,14 @@ static void decode_blocks(const ift_codec *c, const uint8_t *codes, const float 
     }
 }
 #else
-static void decode_run(const ift_run *u, const uint8_t *codes, float scale, float *out) {
-    const uint8_t *p = codes + (u->code >> 1);
-    int i = 0, n = u->n, odd = u->code & 1;
+/* room: floats from out to the end of the row */
+static void decode_run(const ift_run *u, const uint8_t *codes, float scale, float *out, int room) {
+    int i = 0, n = u->n;
 #if IFT_VL > 1
-    /* whole vectors; what they write past a run is put right by the next one */
-    const uint32_t first = (uint32_t)odd * 4;
-    for (; i < n; i += IFT_VL, p += IFT_VL / 2) {
+    const uint8_t *p = codes + (u->code >> 1);
+    /* whole vectors; what they write past a run is put right by the next one, or by the gap's zeros */
+    const uint32_t first = (uint32_t)(u->code & 1) * 4;
+    for (; i < n && i + IFT_VL <= room; i += IFT_VL, p += IFT_VL / 2) {
         uint64_t w;
         memcpy(&w, p, 8);
         uint32_t nibbles = (uint32_t)(w >> first);
@@ -296,39 +297,38 @@ static void decode_run(const ift_run *u, const uint8_t *codes, float scale, floa
         vstore(out + i, v * vset(scale));
     }
 #else
-    float table[16];
-    for (int j = 0; j < 16; j++) table[j] = (u->levels ? nf4_levels[j] : (float)j) * scale;
-    if (odd) out[i++] = table[*p++ >> 4];
-    for (; i + 1 < n; i += 2, p++) {
-        out[i] = table[*p & 15];
-        out[i + 1] = table[*p >> 4];
-    }
-    if (i < n) out[i] = table[*p & 15];
+    (void)room;
 #endif
+    for (int c = u->code + i; i < n; i++, c++) {
+        int code = codes[c >> 1] >> (c & 1) * 4 & 15;
+        out[i] = (u->levels ? nf4_levels[code] : (float)code) * scale;
+    }
 }
 #endif
 
-static void decode_int8(const int8_t *code, int n, float scale, float *out) {
+static void decode_int8(const int8_t *code, int n, float scale, float *out, int room) {
+    int i = 0;
 #if IFT_VL == 16
-    for (int i = 0; i < n; i += 16) {
+    for (; i < n && i + 16 <= room; i += 16) {
         __m512i b = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(code + i)));
         vstore(out + i, (vf)_mm512_cvtepi32_ps(b) * vset(scale));
     }
 #elif IFT_VL == 8
-    for (int i = 0; i < n; i += 8) {
+    for (; i < n && i + 8 <= room; i += 8) {
         __m256i b = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(code + i)));
         vstore(out + i, (vf)_mm256_cvtepi32_ps(b) * vset(scale));
     }
 #elif IFT_VL > 1
     typedef int8_t vchars __attribute__((vector_size(IFT_VL)));
-    for (int i = 0; i < n; i += IFT_VL) {
+    for (; i < n && i + IFT_VL <= room; i += IFT_VL) {
         vchars b;
         memcpy(&b, code + i, sizeof b);
         vstore(out + i, __builtin_convertvector(b, vf) * vset(scale));
     }
 #else
-    for (int i = 0; i < n; i++) out[i] = (float)code[i] * scale;
+    (void)room;
 #endif
+    for (; i < n; i++) out[i] = (float)code[i] * scale;
 }
 
 INLINE float scale_at(const ift_codec *c, const uint8_t *in, int i) {
@@ -360,9 +360,9 @@ void codec_decode(const ift_plan *p, const ift_codec *c, const uint8_t *in, floa
         const ift_run *u = &c->runs[r];
         float scale = scale_at(c, in, u->scale);
         if (c->id == IFT_INT8) {
-            decode_int8((const int8_t *)in + c->codes_at + u->code, u->n, scale, row + u->at);
+            decode_int8((const int8_t *)in + c->codes_at + u->code, u->n, scale, row + u->at, (int)p->row_width - u->at);
         } else {
-            decode_run(u, in + c->codes_at, scale, row + u->at);
+            decode_run(u, in + c->codes_at, scale, row + u->at, (int)p->row_width - u->at);
         }
     }
     if (c->half_at >= 0) decode_halves(p, c, in, row);

@@ -277,7 +277,7 @@ static void fill(const ift_plan *p, const float *frozen, const float *x, int64_t
     pack_frozen(p, frozen, ws);
     const float *at[IFT_CHUNK];
     float *rows = ws + p->ws_rows;
-    uint8_t *scratch = (uint8_t *)(ws + p->ws_bytes);
+    uint8_t *scratch = (uint8_t *)(ws + p->ws_codes);
     /* a panel at a time: what is computed is encoded while it is still near */
     int step = p->layer[0].d.kind == IFT_CONV ? IFT_PAD : IFT_CHUNK;
     for (int64_t i = 0; i < n; i += step) {
@@ -471,7 +471,7 @@ INLINE void prefetch_record(const ift_job *job, int64_t number) {
  * gives back, whether the store keeps the record or not, so the result does not depend on the capacity. */
 static void compute_misses(const ift_plan *p, ift_job *job, chunk *c) {
     float *ws = job->workspace, *rows = ws + p->ws_rows;
-    uint8_t *bytes = (uint8_t *)(ws + p->ws_bytes), *scratch = bytes + 4 * (p->row_width + 16);
+    uint8_t *bytes = (uint8_t *)(ws + p->ws_bytes), *scratch = (uint8_t *)(ws + p->ws_codes);
     const float *x[IFT_CHUNK];
     int index[IFT_CHUNK], n = 0, at = 0;
     for (int i = 0; i < c->n; i++) {
@@ -557,9 +557,8 @@ static int64_t epochs(const ift_plan *p, ift_job *job, const int32_t *order, int
     float *ws = job->workspace;
     int B = p->batch, frozen = p->first > 0; /* records are needed unless gradients reach layer 0 */
     int per_chunk = B < IFT_CHUNK ? IFT_CHUNK / B * B : B;
-    char *pointers = (char *)(ws + p->ws_bytes + 2 * p->row_width + 64);
     chunk c = {0};
-    c.x = (const float **)(void *)pointers;
+    c.x = (const float **)(void *)(ws + p->ws_chunk);
     c.rec = c.x + per_chunk;
     c.number = (int64_t *)(void *)(c.rec + per_chunk);
     int32_t *labels = (int32_t *)(void *)(c.number + per_chunk);
@@ -572,7 +571,8 @@ static int64_t epochs(const ift_plan *p, ift_job *job, const int32_t *order, int
         for (int64_t i = 0; i < T; i += per_chunk) {
             int64_t misses = job->misses;
             c.n = T - i < per_chunk ? (int)(T - i) : per_chunk;
-            if (gather(job, order + i, &c) && frozen) {
+            int lacking = gather(job, order + i, &c);
+            if (lacking && frozen) {
                 for (int s = 0; s < c.n; s++) c.rec[s] = NULL; /* what is computed may take a slot that was held */
                 compute_misses(p, job, &c);
             }
@@ -594,7 +594,7 @@ static int64_t epochs(const ift_plan *p, ift_job *job, const int32_t *order, int
                 if (!isfinite(batch)) return step;
                 loss[e] += batch;
             }
-            if (job->codec) job->hits += c.n - (job->misses - misses);
+            if (job->codec) job->hits += c.n - (frozen ? job->misses - misses : lacking);
         }
     }
     return 0;
@@ -640,5 +640,4 @@ static double fma_loop(int64_t n, float *sink) {
     return (double)((n + CHAINS - 1) / CHAINS * CHAINS) * IFT_VL * 2;
 }
 
-const ift_core IFT_CORE = {IFT_NAME, IFT_VL, fold,         records,      fill,
-                           forward,  epochs, codec_encode, codec_decode, fma_loop};
+const ift_core IFT_CORE = {IFT_NAME, fold, records, fill, forward, epochs, codec_encode, codec_decode, fma_loop};

@@ -58,14 +58,7 @@ static void project(const ift_plan *p, int S, const float *rows, int64_t pitch, 
         for (int s = S; s < p->batch_p; s++) h[(ptrdiff_t)r * p->batch_p + s] = 0;
 }
 
-/* ---- Batch norm. A channel's values are told by (start, groups, step, width): rows have one value a sample, maps
- * have oh rows of ow·lanes values in every panel. ---- */
-
-typedef struct bn_view {
-    float *z, *xhat;
-    float *g;
-    ptrdiff_t g_pitch; /* floats from one map row of g to the next; rows: unused */
-} bn_view;
+/* ---- Batch norm: over rows for fc layers, over positions and lanes for conv layers ---- */
 
 /* The running statistics follow the batch's; only once its loss is known to be finite. */
 static void bn_running(const ift_layer *y, float *params, int S, const float *bn) {

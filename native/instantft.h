@@ -74,7 +74,7 @@ typedef struct ift_layer {
 } ift_layer;
 
 typedef struct ift_plan {
-    int32_t L, R, Rp, C, Cp, batch, batch_p; /* batch_p: batch rounded up to lanes */
+    int32_t L, Rp, C, Cp, batch, batch_p; /* batch_p: batch rounded up to lanes */
     int32_t first;          /* first layer the general path runs; below it records serve */
     int32_t skip_first;     /* first tap with a skip adapter; L if none */
     int32_t general;        /* gradients run through at least one layer (else adapters only) */
@@ -85,7 +85,7 @@ typedef struct ift_plan {
     int64_t output_at;      /* where c starts in a record row */
     int64_t input_width;
     int64_t workspace;      /* floats */
-    int64_t ws_pack, ws_lanes_a, ws_lanes_b, ws_rows, ws_decoded, ws_bytes, ws_pointers;
+    int64_t ws_pack, ws_lanes_a, ws_lanes_b, ws_rows, ws_decoded, ws_bytes, ws_codes, ws_chunk, ws_pointers;
     int64_t ws_h, ws_dh, ws_z, ws_g;
     ift_layer layer[IFT_MAX_LAYERS];
 } ift_plan;
@@ -153,7 +153,6 @@ typedef struct ift_job {
 /* One instruction set's functions. */
 typedef struct ift_core {
     const char *name;
-    int32_t lanes;
     /* frozen = params with frozen batch norm folded into W and b. */
     void (*fold)(const ift_plan *, const float *params, float *frozen);
     /* Records of n samples: rows[i] = row i, plan->row_width floats apart. x[i] points at sample i. */

@@ -18,15 +18,23 @@ static int64_t take_floats(int64_t *cursor, int64_t n) {
     return at;
 }
 
+/* Limits keep every product below well inside int32 and every size inside int64. */
+enum { MAX_SIDE = 1 << 16, MAX_WIDTH = 1 << 22, MAX_RANK = 1 << 12, MAX_BATCH = 1 << 20 };
+
+static int fits(int64_t a, int64_t b, int64_t c) {
+    return a >= 1 && b >= 1 && c >= 1 && a <= MAX_WIDTH && b <= MAX_SIDE && c <= MAX_SIDE && a * b * c <= MAX_WIDTH;
+}
+
 static int shapes(ift_layer *y, int32_t ic, int32_t ih, int32_t iw) {
     const ift_layer_desc *d = &y->d;
+    if (!fits(ic, ih, iw) || d->out < 1 || d->out > MAX_WIDTH || d->pool < 1 || d->pool > MAX_SIDE) return IFT_BAD_NETWORK;
     y->ic = ic, y->ih = ih, y->iw = iw;
     y->N = ic * ih * iw;
-    if (d->out < 1 || d->pool < 1) return IFT_BAD_NETWORK;
     if (d->kind == IFT_FC) {
         if (d->pool != 1) return IFT_BAD_NETWORK;
         y->oh = y->ow = 1;
     } else if (d->kind == IFT_CONV) {
+        if (d->kh > MAX_SIDE || d->kw > MAX_SIDE) return IFT_BAD_NETWORK;
         if (d->kh < 1 || d->kw < 1 || d->ph < 0 || d->pw < 0 || d->ph >= d->kh || d->pw >= d->kw) return IFT_BAD_NETWORK;
         y->oh = ih + 2 * d->ph - d->kh + 1;
         y->ow = iw + 2 * d->pw - d->kw + 1;
@@ -34,7 +42,8 @@ static int shapes(ift_layer *y, int32_t ic, int32_t ih, int32_t iw) {
         return IFT_BAD_NETWORK;
     }
     y->qh = y->oh / d->pool, y->qw = y->ow / d->pool;
-    if (y->qh < 1 || y->qw < 1) return IFT_BAD_NETWORK;
+    if (y->qh < 1 || y->qw < 1 || !fits(d->out, y->oh, y->ow)) return IFT_BAD_NETWORK;
+    if (d->kind == IFT_CONV && (int64_t)ic * d->kh * d->kw * d->out > (int64_t)1 << 28) return IFT_BAD_NETWORK;
     y->M = d->out * y->oh * y->ow;
     y->n_out = d->out * y->qh * y->qw;
     y->Np = (int32_t)ift_pad(y->N), y->Mp = (int32_t)ift_pad(y->M);
@@ -88,8 +97,11 @@ static void frozen_workspace(ift_plan *p, int64_t *at) {
     int64_t chunk = p->batch > IFT_CHUNK ? p->batch : IFT_CHUNK;
     p->ws_rows = take_floats(at, chunk * p->row_width + IFT_PAD);
     p->ws_decoded = take_floats(at, p->batch * p->row_width + IFT_PAD);
-    /* bytes: one encoded record and its unpacked codes, with slack for wide reads; then pointers and flags of a chunk */
-    p->ws_bytes = take_floats(at, 2 * p->row_width + 64 + chunk * 8 + IFT_PAD);
+    /* an encoded record (at most a byte of codes and a scale a value) with slack for wide reads; its unpacked codes */
+    p->ws_bytes = take_floats(at, 5 * p->row_width / 4 + 64);
+    p->ws_codes = take_floats(at, p->row_width / 2 + 64);
+    /* a chunk's inputs, records and numbers, 8 bytes each, and labels; then the pointers of a batch and of the next */
+    p->ws_chunk = take_floats(at, 7 * chunk + 2 * IFT_PAD);
     p->ws_pointers = take_floats(at, 4 * chunk);
 }
 
@@ -134,9 +146,10 @@ static void general_workspace(ift_plan *p, int64_t *at) {
 
 int ift_plan_init(ift_plan *p, const ift_layer_desc *layers, int32_t L, const int32_t input[3], int32_t rank,
                   int32_t batch) {
-    if (L < 1 || L > IFT_MAX_LAYERS || rank < 0 || batch < 1) return IFT_BAD_ARGUMENT;
+    if (L < 1 || L > IFT_MAX_LAYERS || rank < 0 || rank > MAX_RANK || batch < 1 || batch > MAX_BATCH)
+        return IFT_BAD_ARGUMENT;
     memset(p, 0, sizeof *p);
-    p->L = L, p->R = rank, p->Rp = (rank + 3) / 4 * 4;
+    p->L = L, p->Rp = (rank + 3) / 4 * 4;
     p->batch = batch, p->batch_p = (int32_t)ift_pad(batch);
     p->first = p->skip_first = L;
     int32_t c = input[0], h = input[1], w = input[2];
@@ -155,7 +168,11 @@ int ift_plan_init(ift_plan *p, const ift_layer_desc *layers, int32_t L, const in
         if ((bits & IFT_SKIP_ADAPTER) && p->skip_first > k) p->skip_first = k;
         p->layer_adapters |= (bits & IFT_LAYER_ADAPTER) != 0;
     }
-    if (p->layer[L - 1].d.kind != IFT_FC) return IFT_BAD_NETWORK;
+    const ift_layer_desc *last = &p->layer[L - 1].d;
+    if (last->kind != IFT_FC || last->batch_norm || last->relu) return IFT_BAD_NETWORK;
+    if (p->layer[0].d.train & IFT_X) return IFT_BAD_ARGUMENT;
+    /* the general path starts from samples, or from a record's vector */
+    if (p->first > 0 && p->first < L && p->layer[p->first].d.kind == IFT_CONV) return IFT_BAD_ARGUMENT;
     for (int k = p->skip_first; k < L; k++)
         if (!(p->layer[k].d.train & IFT_SKIP_ADAPTER)) return IFT_BAD_ARGUMENT;
     if ((p->layer_adapters || p->skip_first < L) && rank < 1) return IFT_BAD_ARGUMENT;

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from instantft.cache.codecs import CODECS
-from instantft.cache.store import memory_store
+from instantft.cache.store import Store, memory_store
 from instantft.engine import get_engine
 from instantft.engine.native import _CODEC_IDS, NativeEngine, _Buffers, fma_peak, isas
 from instantft.errors import UsageError
 from instantft.methods import METHODS
-from instantft.spec import NetSpec, lenet5
+from instantft.spec import LayerSpec, NetSpec, lenet5
 
 from .conftest import ISAS
 from .nets import NETS, samples_for, tensors_for
@@ -27,6 +27,10 @@ if ISAS == ["not built"]:
     pytest.skip("the native core was not built", allow_module_level=True)
 
 VECTORS = Path(__file__).parent.parent / "vectors"
+
+
+def _fc(out: int, relu: bool = False) -> LayerSpec:
+    return LayerSpec("fc", out, relu=relu)
 
 
 @pytest.fixture(params=ISAS)
@@ -59,7 +63,80 @@ def test_vectors(native: NativeEngine, layout: str, name: str) -> None:
         assert (out[plan.stride :] == 0xA5).all(), "nothing is written behind the record"
         got = np.full(width + 16, np.nan, np.float32)
         core.decode(plan, out, got)
+        assert np.isnan(got[width:]).all(), "nothing is written behind the row"
         np.testing.assert_array_equal(got[:width].view(np.uint32) << 1, back.view(np.uint32) << 1)  # −0 is 0
+
+
+WIDTHS = {
+    "relu, then none, without a gap": NetSpec((9,), (_fc(96, True), _fc(32), _fc(64, True), _fc(5))),
+    "none, then relu": NetSpec((9,), (_fc(16), _fc(48, True), _fc(16), _fc(20))),
+    "many classes, off a block": NetSpec((9,), (_fc(49, True), _fc(64))),
+    "small groups": NetSpec((2, 5, 5), (LayerSpec("conv", 7, (3, 3), relu=True), _fc(33), _fc(49))),
+    "a scale a value": NetSpec((3, 1, 1), (LayerSpec("conv", 300, relu=True), LayerSpec("conv", 40), _fc(3))),
+    "odd": NetSpec((9,), (_fc(97, True), _fc(13), _fc(17))),
+}
+"""Layouts in which a segment, a group or a block ends where a vector does not."""
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("layout", WIDTHS)
+def test_codecs_on_every_layout(native: NativeEngine, layout: str, name: str) -> None:
+    """Bytes and rows as cache/codecs.py has them, and nothing touched behind either."""
+    spec = WIDTHS[layout]
+    record, numpy_codec = spec.record, CODECS[name]
+    rows = np.zeros((4, record.width), np.float32)
+    rng = np.random.default_rng(3)
+    for s in record.segments:
+        value = rng.normal(size=(4, s.size)) * rng.lognormal(size=(4, s.size))
+        rows[:, s.offset : s.offset + s.size] = np.abs(value) if s.nonnegative else value
+    core, plan = native._core, _Buffers(native._core, spec, {}, [0] * spec.L, 0, 1, name).plan
+    expected = numpy_codec.encode(rows, record)
+    decoded = numpy_codec.decode(expected, record)
+    assert plan.stride == expected.shape[1]
+    for row, code, back in zip(rows, expected, decoded, strict=True):
+        out = np.full(plan.stride + 64, 0xA5, np.uint8)
+        core.encode(plan, row, out, np.zeros(2 * record.width + 64, np.uint8))
+        np.testing.assert_array_equal(out[: plan.codec_bytes], code[: plan.codec_bytes])
+        assert (out[plan.stride :] == 0xA5).all()
+        got = np.full(record.width + 16, np.nan, np.float32)
+        core.decode(plan, out, got)
+        np.testing.assert_array_equal(got[: record.width], back)
+        assert np.isnan(got[record.width :]).all()
+
+
+def test_fp16_keeps_nan(native: NativeEngine) -> None:
+    """A record that is not a number must still be seen after the cache."""
+    spec = WIDTHS["odd"]
+    core, plan = native._core, _Buffers(native._core, spec, {}, [0] * spec.L, 0, 1, "fp16").plan
+    row = np.zeros(spec.record.width, np.float32)
+    row[3] = np.nan
+    out, got = np.zeros(plan.stride + 64, np.uint8), np.zeros(spec.record.width + 16, np.float32)
+    core.encode(plan, row, out, np.zeros(2 * spec.record.width + 64, np.uint8))
+    core.decode(plan, out, got)
+    assert np.isnan(got[3])
+    assert np.isfinite(np.delete(got, 3)).all()
+
+
+@pytest.mark.parametrize("capacity", [60, 59, 7])
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("layout", WIDTHS)
+def test_capacity_changes_nothing(native: NativeEngine, layout: str, name: str, capacity: int) -> None:
+    """More samples than a chunk holds, so that computed, kept and decoded records lie side by side."""
+    spec, m, T = WIDTHS[layout], METHODS["skip-lora"], 60
+    tensors = tensors_for(spec, m)
+    x, y = samples_for(spec, T)
+    order = np.stack([np.random.default_rng(e).permutation(T) for e in range(3)]).astype(np.int32)
+
+    def trained(store: Store) -> dict[str, np.ndarray]:
+        trainer = native.trainer(spec, tensors, m, 4, x, y, numbers=np.arange(T), store=store, batch_size=7, lr=0.01)
+        trainer.epochs(order)
+        return trainer.tensors()
+
+    full = memory_store(name, spec.record, T)
+    native.fill(spec, tensors, x, np.arange(T), full)
+    expected = trained(full)
+    for key, value in trained(memory_store(name, spec.record, capacity)).items():
+        np.testing.assert_array_equal(value, expected[key], err_msg=key)
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -112,6 +189,56 @@ def test_order_must_stay_inside_the_data() -> None:
     for bad in (5, -1):
         with pytest.raises(UsageError, match="order must hold rows 0 to 4, not"):
             trainer.epochs(np.array([[0, 1, bad]], np.int32))
+
+
+def test_numbers_must_not_be_negative() -> None:
+    spec, m = NETS["dnn"], METHODS["skip-lora"]
+    x, y = samples_for(spec, 3)
+    with pytest.raises(UsageError, match="sample numbers must be at least 0, not -4"):
+        NativeEngine().trainer(
+            spec,
+            tensors_for(spec, m),
+            m,
+            4,
+            x,
+            y,
+            numbers=np.array([1, -4, 2]),
+            store=memory_store("fp32", spec.record, 3),
+            batch_size=2,
+            lr=0.1,
+        )
+
+
+REFUSED: dict[str, tuple[list[list[int]], tuple[int, int, int], int, int]] = {
+    "an input too wide": ([[0, 3, 1, 1, 0, 0, 0, 0, 1, 0]], (65536, 65536, 1), 0, 1),
+    "no input": ([[0, 3, 1, 1, 0, 0, 0, 0, 1, 0]], (0, 1, 1), 0, 1),
+    "an absurd rank": ([[0, 3, 1, 1, 0, 0, 0, 0, 1, 128]], (4, 1, 1), 2**31 - 1, 1),
+    "no batch": ([[0, 3, 1, 1, 0, 0, 0, 0, 1, 0]], (4, 1, 1), 0, 0),
+    "gx at the first layer": ([[0, 3, 1, 1, 0, 0, 0, 0, 1, 5]], (4, 1, 1), 0, 1),
+    "a kernel wider than its input": (
+        [[1, 3, 5, 5, 0, 0, 0, 0, 1, 0], [0, 3, 1, 1, 0, 0, 0, 0, 1, 0]],
+        (1, 4, 4),
+        0,
+        1,
+    ),
+    "training from a later conv": (
+        [[1, 3, 3, 3, 0, 0, 0, 0, 1, 0], [1, 3, 3, 3, 0, 0, 0, 0, 1, 1], [0, 3, 1, 1, 0, 0, 0, 0, 1, 0]],
+        (1, 9, 9),
+        0,
+        1,
+    ),
+    "a ReLU on the logits": ([[0, 3, 1, 1, 0, 0, 0, 1, 1, 0]], (4, 1, 1), 0, 1),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_plans_that_make_no_sense_are_refused(case: str) -> None:
+    """The C interface checks for itself; the Python side refuses most of these before."""
+    from instantft._core import Plan
+
+    layers, shape, rank, batch = REFUSED[case]
+    with pytest.raises(ValueError, match="the core refused"):
+        Plan(np.array(layers, np.int32), shape, rank, batch, 0)
 
 
 def test_isa_is_forced_by_the_environment() -> None:

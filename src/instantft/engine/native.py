@@ -314,6 +314,8 @@ class NativeEngine:
         """A trainer; see Engine.trainer."""
         if store is not None and not method.cacheable:
             raise UsageError(f"a cache needs a method that leaves the frozen layers alone, not {method.name}")
+        if len(numbers) and numbers.min() < 0:
+            raise UsageError(f"sample numbers must be at least 0, not {numbers.min()}")
         batch = min(batch_size, len(x))
         codec = store.codec.name if store is not None else "fp32"
         buffers = _Buffers(self._core, spec, tensors, _train_bits(spec, method), rank, batch, codec)
