@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import files
-from .backbones.builtin import Network, read_spec
+from .backbones.builtin import Network, check_values, read_spec
 from .errors import FileError, MismatchError, UsageError
 from .methods import METHODS, Method, connections, method, trainable
 from .spec import NetSpec
@@ -77,8 +78,7 @@ class Adapter:
                 raise UsageError(f"an adapter of {self.method} must hold no {name!r}")
             if value.shape != shape or value.dtype != np.float32:
                 raise UsageError(f"{name} must be float32 {list(shape)}, not {value.dtype} {list(value.shape)}")
-            if not np.isfinite(value).all():
-                raise UsageError(f"{name} must hold finite values only, not NaN or Inf")
+            check_values(name, value)
             kept[name] = files.frozen(value)
         object.__setattr__(self, "tensors", kept)
 
@@ -209,7 +209,10 @@ class Adapter:
             )
         name, rank, spec, base_hash = described[0]
         training = config.get("training")
-        return cls(name, rank, spec, base_hash, tensors, training if isinstance(training, dict) else {})
+        try:
+            return cls(name, rank, spec, base_hash, tensors, training if isinstance(training, dict) else {})
+        except UsageError as e:
+            raise FileError(f"{what} must hold usable values, but {tensor_path} does not: {e}") from None
 
 
 def expected(m: Method, spec: NetSpec, rank: int) -> dict[str, tuple[int, ...]]:
@@ -280,7 +283,7 @@ def _peft_type(name: str) -> str:
 
 def _replace_directory(target: Path, contents: Mapping[str, bytes]) -> None:
     """Put a directory with these files at `target`, in one step where one stood before."""
-    fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
+    fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}.new")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh.mkdir()
@@ -313,7 +316,7 @@ def _exchange(fresh: Path, target: Path) -> None:
         code = ctypes.get_errno()
         if code not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
             raise OSError(code, os.strerror(code))
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
     os.rename(target, old)
     try:
         os.rename(fresh, target)

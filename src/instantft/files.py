@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import stat
 from collections.abc import Callable, Mapping
 from math import prod
@@ -202,7 +203,7 @@ def write_whole(path: Path, data: bytes, what: str) -> None:
         FileError: the disk is full, the directory cannot be written, or the target is no regular file.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         # Replacing a device such as /dev/full by a file would succeed for root, and that is never what was meant.
         if target.exists() and not target.is_file():

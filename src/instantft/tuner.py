@@ -5,7 +5,9 @@ This file checks and remembers; the work is done in solvers/, engine/ and cache/
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import warnings
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -16,9 +18,9 @@ from .adapters import Adapter
 from .backbones.builtin import Network
 from .cache.codecs import codec
 from .cache.store import Store, memory_store, open_store
-from .data import as_labels, as_samples, warn_if_poor
+from .data import as_array, as_labels, as_samples, warn_if_poor
 from .engine import Engine, Floats, get_engine
-from .errors import DataError, UsageError
+from .errors import DataError, FileError, UsageError
 from .methods import Method, method
 from .solvers import sgd
 
@@ -41,6 +43,10 @@ PARAMETERS = (
     "cache_capacity",
     "cache_file",
 )
+
+
+MAX_NUMBER = 2**63 - 2
+"""Largest sample number, so that the number after it is still an int64."""
 
 
 def load(path: str | PathLike[str]) -> Network:
@@ -200,7 +206,12 @@ class FineTuner:
             raise UsageError("a cache_file must belong to one data set: use fit, or partial_fit without cache_file")
         rows, labels = self._samples(x, y)
         first = getattr(self, "next_number_", 0)
-        given = np.arange(first, first + len(rows)) if numbers is None else _numbers(numbers, len(rows))
+        if numbers is not None:
+            given = _numbers(numbers, len(rows))
+        elif first <= MAX_NUMBER + 1 - len(rows):
+            given = np.arange(first, first + len(rows))
+        else:
+            raise DataError(f"numbers must be at most 2^63-2, but the next is {first}: give numbers")
         store = self._grown(m, given)
         old = getattr(self, "adapter_", None)
         start = old if old is not None and (old.method, old.rank) == (m.name, self.rank) else None
@@ -253,7 +264,7 @@ class FineTuner:
         """Drop the records of these samples from the cache; those it does not hold are left out silently."""
         store: Store | None = getattr(self, "store_", None)
         if store is not None:
-            store.forget(np.atleast_1d(np.asarray(numbers)))
+            store.forget(np.atleast_1d(as_array(numbers, "numbers")))
             store.flush()
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -281,10 +292,14 @@ class FineTuner:
                     f"a cache must go with a method that leaves the frozen activations as they are, not {m.name}"
                 )
         capacity = self.cache_capacity
-        if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
+        whole = isinstance(capacity, (int, np.integer)) and not isinstance(capacity, bool)
+        if capacity is not None and (not whole or capacity < 1):
             raise UsageError(f"cache_capacity must be at least 1 sample, not {capacity!r:.60}")
         if self.codec_name(m) is None and (capacity is not None or self.cache_file is not None):
             raise UsageError(f"cache_capacity and cache_file must go with a cache, but {m.name} runs without one here")
+        speaks = all(hasattr(self.engine, name) for name in ("name", "forward", "records", "fill", "trainer"))
+        if self.engine is not None and not isinstance(self.engine, str) and not speaks:
+            raise UsageError(f"engine must be the name of an engine or an engine, not {self.engine!r:.60}")
         return m
 
     def codec_name(self, m: Method) -> str | None:
@@ -304,11 +319,18 @@ class FineTuner:
         name = self.codec_name(m)
         if name is None:
             return None
-        record, capacity = self.base.spec.record, min(self.cache_capacity or len(rows), len(rows))
+        record, capacity = self.base.spec.record, min(int(self.cache_capacity or len(rows)), len(rows))
         if self.cache_file is None:
             return memory_store(name, record, capacity)
         data_hash = hashlib.sha256(rows.data).hexdigest()
-        return open_store(self.cache_file, name, record, capacity, self.base.hash, data_hash)
+        store = open_store(self.cache_file, name, record, capacity, self.base.hash, data_hash)
+        if store.damaged:
+            warnings.warn(
+                f"{store.damaged:,} of {capacity:,} records in {self.cache_file} were damaged or unfinished: "
+                "they were dropped and are computed anew",
+                stacklevel=3,
+            )
+        return store
 
     def _grown(self, m: Method, numbers: NDArray[np.int64]) -> Store | None:
         """The cache of a stream, with room for these numbers unless its capacity is bounded."""
@@ -320,7 +342,7 @@ class FineTuner:
             old = None
         needed = int(numbers.max()) + 1
         if self.cache_capacity is not None:
-            capacity = self.cache_capacity
+            capacity = int(self.cache_capacity)
         else:
             capacity = max(needed, 0 if old is None else old.capacity)
             if old is not None and capacity > old.capacity:
@@ -351,25 +373,32 @@ class FineTuner:
         done: int,
         progress: sgd.Progress | None,
     ) -> sgd.FitResult:
-        return sgd.fit(
-            engine,
-            self.base,
-            m,
-            rows,
-            labels,
-            rank=self.rank,
-            epochs=epochs,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            momentum=self.momentum,
-            seed=self.seed,
-            threads=self.threads,
-            store=store,
-            numbers=numbers,
-            start=start,
-            epochs_before=done,
-            progress=progress,
-        )
+        try:
+            return sgd.fit(
+                engine,
+                self.base,
+                m,
+                rows,
+                labels,
+                rank=self.rank,
+                epochs=epochs,
+                batch_size=self.batch_size,
+                lr=self.lr,
+                momentum=self.momentum,
+                seed=self.seed,
+                threads=self.threads,
+                store=store,
+                numbers=numbers,
+                start=start,
+                epochs_before=done,
+                progress=progress,
+            )
+        except BaseException:
+            # The records are good whatever became of the training, and serve the next run.
+            if store is not None:
+                with contextlib.suppress(FileError):
+                    store.flush()
+            raise
 
     def _keep(self, result: sgd.FitResult, store: Store | None, next_number: int) -> None:
         """Only now, after success, does anything of the old fit go."""
@@ -394,11 +423,12 @@ def _history(result: sgd.FitResult, T: int) -> dict[str, list[float]]:
 
 
 def _numbers(numbers: ArrayLike, T: int) -> NDArray[np.int64]:
-    array = np.asarray(numbers)
+    array = as_array(numbers, "numbers")
     if array.dtype.kind not in "iu" or array.shape != (T,):
         raise DataError(f"numbers must be ({T},) integers, one a sample, not {array.dtype} {tuple(array.shape)}")
-    if array.size and int(array.min()) < 0:
-        raise DataError(f"numbers must be at least 0, not {array.min()}")
+    if array.size and not 0 <= int(array.min()) <= int(array.max()) <= MAX_NUMBER:
+        wrong = array.min() if int(array.min()) < 0 else array.max()
+        raise DataError(f"numbers must be 0 to 2^63-2, not {wrong}")
     if len(np.unique(array)) != T:
         raise DataError("numbers must differ from one another, but one comes twice")
     return array.astype(np.int64)

@@ -41,7 +41,7 @@ class Network:
             or one a channel (one a feature for vectors). Empty: neither.
 
     Raises:
-        UsageError: the tensors do not fit the shape, or a value is not finite.
+        UsageError: the tensors do not fit the shape, a value is not finite, or a variance is negative.
     """
 
     spec: NetSpec
@@ -59,8 +59,7 @@ class Network:
             value = np.asarray(self.tensors[name])
             if value.shape != shape or value.dtype != np.float32:
                 raise UsageError(f"{name} must be float32 {list(shape)}, not {value.dtype} {list(value.shape)}")
-            if not np.isfinite(value).all():
-                raise UsageError(f"{name} must hold finite values only, not NaN or Inf")
+            check_values(name, value)
             kept[name] = files.frozen(value)
         object.__setattr__(self, "tensors", kept)
         mean, std = check_preprocessing(self.mean, self.std, self.spec.input_shape)
@@ -143,7 +142,7 @@ class Network:
             mean, std = (_numbers(metadata.get(key, "[]")) for key in ("mean", "std"))
             network = cls(found[0], tensors, mean, std)
         except (ValueError, RecursionError) as e:
-            raise FileError(f"a base file must have usable preprocessing, but {path} is damaged: {e}") from None
+            raise FileError(f"a base file must hold usable values, but {path} does not: {e}") from None
         if network.hash != metadata.get("hash"):
             raise FileError(
                 f"a base file must match its hash {str(metadata.get('hash'))[:64]}, but {path} hashes to "
@@ -172,6 +171,18 @@ def check_preprocessing(
                 raise UsageError(f"{name} must be {rule}, not {before:g}")
         checked.append(rounded)
     return checked[0], checked[1]
+
+
+def check_values(name: str, value: Floats) -> None:
+    """See that the tensor called `name` can be computed with.
+
+    Raises:
+        UsageError: a value is not finite, or a running variance is negative.
+    """
+    if not np.isfinite(value).all():
+        raise UsageError(f"{name} must hold finite values only, not NaN or Inf")
+    if name.endswith(".running_var") and value.size and value.min() < 0:
+        raise UsageError(f"{name} must hold variances of at least 0, not {value.min():g}")
 
 
 def read_spec(text: str, what: str, path: Path) -> NetSpec:

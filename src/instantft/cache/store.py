@@ -34,6 +34,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .. import files
 from ..errors import FileError, MismatchError, UsageError
 from ..spec import RecordSpec
 from .codecs import Codec, codec
@@ -278,7 +279,9 @@ def open_store(
         raise UsageError(f"the hashes of a cache file must be short, not {len(base_hash)} and {len(data_hash)} long")
     layout = _Layout(len(header), capacity, c.stride(record))
     try:
-        if not path.exists():
+        if path.exists():
+            files.regular_size(path, "a cache file")
+        else:
             _create(path, header, layout)
         with path.open("r+b") as file:
             _check_header(path, file, wanted, layout)

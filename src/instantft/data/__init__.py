@@ -24,7 +24,7 @@ from .. import files
 from ..errors import DataError, FileError, UsageError
 from ..spec import NetSpec
 
-__all__ = ["MAX_BYTES", "Samples", "as_labels", "as_samples", "load_samples", "warn_if_poor"]
+__all__ = ["MAX_BYTES", "Samples", "as_array", "as_labels", "as_samples", "load_samples", "warn_if_poor"]
 
 Floats = NDArray[np.float32]
 
@@ -61,6 +61,18 @@ class Samples:
         return self.y
 
 
+def as_array(values: ArrayLike, name: str) -> NDArray[Any]:
+    """`values` as a NumPy array.
+
+    Raises:
+        DataError: they are none, as where rows differ in length.
+    """
+    try:
+        return np.asarray(values)
+    except (ValueError, TypeError, OverflowError) as e:
+        raise DataError(f"{name} must be an array, but is none: {' '.join(str(e).split())[:120]}") from None
+
+
 def as_samples(
     x: ArrayLike,
     spec: NetSpec | None = None,
@@ -83,7 +95,7 @@ def as_samples(
         DataError: wrong type or shape, no samples, or NaN or Inf among the values.
         UsageError: too many or too few values of mean or std.
     """
-    values = np.asarray(x)
+    values = as_array(x, name)
     if values.dtype != np.uint8 and values.dtype.kind != "f":
         raise DataError(f"{name} must be float32 or uint8, not {values.dtype}")
     if values.ndim not in (2, 3, 4):
@@ -146,7 +158,7 @@ def as_labels(y: ArrayLike, T: int, spec: NetSpec | None = None, name: str = "y"
     Raises:
         DataError: not integers, not (T,), or out of range.
     """
-    labels = np.asarray(y)
+    labels = as_array(y, name)
     if labels.dtype.kind not in "iu":
         raise DataError(f"{name} must be integers, not {labels.dtype}")
     if labels.shape != (T,):

@@ -16,6 +16,7 @@ This file says what is solved; `factor` and `taps` say how. T samples, L taps, N
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -334,7 +335,7 @@ def subset(T: int, seed: int) -> tuple[Rows, list[Rows]]:
     """
     n = min(T, SUBSET)
     cuts = np.arange(BLOCKS + 1) * n // BLOCKS
-    blocks = [np.arange(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+    blocks = [np.arange(a, b) for a, b in itertools.pairwise(cuts) if b > a]
     if n == T:
         return np.arange(T), blocks
     run = SUBSET // BLOCKS
@@ -409,7 +410,9 @@ def _primal(records: Records, Y: Doubles, choice: selection.Choice, groups: Arra
         scores[start:stop] = Y[some] - e
     W[:D] *= (scale * roots)[:, None]
     cuts = np.cumsum([0, *widths])
-    return _Fitted({k: W[a:b] for k, a, b in zip(used, cuts, cuts[1:], strict=False)}, W[D], scale, scores, scored)
+    return _Fitted(
+        {k: W[a:b] for k, (a, b) in zip(used, itertools.pairwise(cuts), strict=True)}, W[D], scale, scores, scored
+    )
 
 
 def _scored(T: int, groups: Array | None, seed: int) -> Rows:
