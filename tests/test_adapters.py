@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from instantft import adapters
+from instantft import adapters, files
 from instantft.adapters import CONFIG_FILE, TENSOR_FILE, Adapter, check_target, initial
 from instantft.errors import FileError, InstantFTError, MismatchError, UsageError
 from instantft.methods import METHODS, method
@@ -174,6 +174,39 @@ def test_a_failed_write_keeps_the_old_adapter(saved: Path, monkeypatch: pytest.M
         samples.adapter(BASE, "ft-last").save(saved)
     assert Adapter.load(saved, BASE).method == "skip2-lora"
     assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
+
+
+def test_what_a_killed_process_left_is_in_nobodys_way(saved: Path) -> None:
+    """Process numbers come again, in containers at once."""
+    left = [saved.with_name(f".adapter.{os.getpid()}.{end}") for end in ("new", "old")]
+    for directory in left:
+        (directory / "deep").mkdir(parents=True)
+    samples.adapter(BASE, "ft-last").save(saved)
+    assert Adapter.load(saved).method == "ft-last"
+    assert {p.name for p in saved.parent.iterdir()} == {"adapter", *(p.name for p in left)}
+
+
+@pytest.mark.parametrize("at", ["write_and_sync", "sync_directory"])
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, at, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        samples.adapter(BASE).save(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_negative_variances_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = samples.adapter(BASE, "ft-all")
+    bad = {k: -v if k == "layers.0.bn.running_var" else v for k, v in good.tensors.items()}
+    with pytest.raises(UsageError, match=r"layers.0.bn.running_var must hold variances of at least 0, not -"):
+        Adapter("ft-all", 2, BASE.spec, BASE.hash, bad)
+    with monkeypatch.context() as m:
+        m.setattr(adapters, "check_values", lambda *_: None)
+        Adapter("ft-all", 2, BASE.spec, BASE.hash, bad).save(tmp_path / "a")
+    with pytest.raises(FileError, match="variances of at least 0"):
+        Adapter.load(tmp_path / "a")
 
 
 def test_other_directories_are_left_alone(tmp_path: Path, saved: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from instantft.backbones import builtin
 from instantft.backbones.builtin import Network
 from instantft.errors import FileError, UsageError
 from instantft.spec import dnn, lenet5
@@ -208,3 +209,17 @@ def test_wrong_tensors_are_refused() -> None:
     for tensors in bad:
         with pytest.raises(UsageError):
             Network(samples.SPEC, tensors)
+
+
+def test_negative_variances_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = samples.base()
+    bad = dict(good.tensors) | {"layers.1.bn.running_var": np.full(5, -1e-3, np.float32)}
+    with pytest.raises(UsageError, match=r"layers.1.bn.running_var must hold variances of at least 0, not -0.001"):
+        Network(samples.SPEC, bad)
+    with monkeypatch.context() as m:
+        m.setattr(builtin, "check_values", lambda *_: None)
+        Network(samples.SPEC, bad).save(tmp_path / "b")
+    with pytest.raises(FileError, match="variances of at least 0") as e:
+        Network.load(tmp_path / "b")
+    assert "\n" not in str(e.value)
+    Network(samples.SPEC, dict(good.tensors) | {"layers.1.bn.running_var": np.zeros(5, np.float32)})

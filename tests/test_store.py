@@ -370,10 +370,23 @@ def test_foreign_files(tmp_path: Path) -> None:
 
 
 def test_places_where_no_file_can_be(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "missing" / "cache", Path("/proc/nothing/cache")):
+    for path in (tmp_path / "missing" / "cache", Path("/proc/nothing/cache")):
         with pytest.raises(FileError, match=f"^the cache file {path} must be readable and writable, but: ") as e:
             opened(path)
         assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "device"])
+def test_only_regular_files(tmp_path: Path, kind: str) -> None:
+    """A named pipe must not be opened: that waits for ever."""
+    path = Path("/dev/null") if kind == "device" else tmp_path / "cache"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    with pytest.raises(FileError, match=f"a cache file must be a regular file, but {path} is") as e:
+        opened(path)
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

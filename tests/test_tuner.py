@@ -217,6 +217,9 @@ def test_nothing_fitted_yet() -> None:
         ({"cache_capacity": 0}, "cache_capacity must be at least 1 sample, not 0"),
         ({"cache_capacity": 5, "method": "skip-lora"}, "must go with a cache"),
         ({"base": "file"}, "base must be a Network, .* not str"),
+        ({"engine": 5}, "engine must be the name of an engine or an engine, not 5"),
+        ({"cache_capacity": np.int64(0)}, "cache_capacity must be at least 1 sample"),
+        ({"cache_capacity": True}, "cache_capacity must be at least 1 sample"),
     ],
 )
 def test_arguments_out_of_range(settings: dict[str, Any], words: str) -> None:
@@ -224,7 +227,9 @@ def test_arguments_out_of_range(settings: dict[str, Any], words: str) -> None:
         FineTuner(**{"base": BASE, **settings})
 
 
-@pytest.mark.parametrize("numbers", [[0, 1], [0.5] * 60, [-1] * 60, [0] * 60])
+@pytest.mark.parametrize(
+    "numbers", [[0, 1], [0.5] * 60, [-1] * 60, [0] * 60, [[0], [1, 2]], [*range(59), 2**63 - 1], [*range(59), 2**70]]
+)
 def test_bad_numbers(numbers: list[Any]) -> None:
     with pytest.raises(DataError, match="numbers must"):
         tuner().partial_fit(X, Y, numbers=numbers)
@@ -244,3 +249,66 @@ def test_every_cacheable_method_takes_a_cache() -> None:
 def test_probabilities_survive_large_logits() -> None:
     p = probabilities(np.array([[1e30, -1e30], [0, 0]], np.float32))
     np.testing.assert_array_equal(p, [[1, 0], [0.5, 0.5]])
+
+
+@pytest.mark.parametrize("dtype", [np.uint64, np.int64, np.uint8])
+def test_numbers_of_every_integer_type(dtype: Any) -> None:
+    start = np.iinfo(dtype).max - np.asarray(60, dtype)
+    numbers = start + np.arange(60, dtype=dtype)
+    t = tuner(cache_capacity=60)
+    if dtype is np.uint64:
+        with pytest.raises(DataError, match=r"numbers must be 0 to 2\^63-2, not \d+") as e:
+            t.partial_fit(X, Y, numbers=numbers)
+        assert "\n" not in str(e.value)
+        numbers = (numbers - 2**63).astype(dtype)
+    t.partial_fit(X, Y, numbers=numbers)
+    assert t.next_number_ == int(numbers.max()) + 1
+    assert t.store_ is not None
+    assert t.store_.held(numbers).all()
+
+
+def test_after_the_largest_number_there_is_no_other() -> None:
+    t = tuner(cache_capacity=60)
+    t.partial_fit(X, Y, numbers=np.arange(60) + (2**63 - 1 - 60))
+    with pytest.raises(DataError, match="numbers must be at most"):
+        t.partial_fit(X, Y)
+    t.partial_fit(X, Y, numbers=np.arange(60))
+
+
+def test_numpy_integers_are_integers(tmp_path: Path) -> None:
+    t = tuner(cache_capacity=np.int64(5)).fit(X, Y)
+    assert t.store_ is not None
+    assert t.store_.capacity == 5
+    assert tuner(cache_capacity=np.uint16(5), cache_file=tmp_path / "c").fit(X, Y).score(X, Y) > 0
+    assert tuner(cache_capacity=np.int64(5)).partial_fit(X, Y).score(X, Y) > 0
+
+
+def test_ragged_lists_are_no_arrays() -> None:
+    ragged: list[Any] = [[1.0, 2.0], [3.0]]
+    mixed: list[Any] = [0, [1]]
+    t = tuner().fit(X, Y)
+    for call in (lambda: t.fit(ragged, [0, 1]), lambda: t.fit(X, mixed), lambda: t.forget(ragged)):
+        with pytest.raises(DataError, match="must be an array") as e:
+            call()
+        assert "\n" not in str(e.value)
+
+
+def test_records_survive_a_training_that_diverged(tmp_path: Path) -> None:
+    file = tmp_path / "cache"
+    with pytest.raises(DivergedError):
+        tuner(cache_file=file, lr=1e30).fit(X, Y)
+    t = tuner(cache_file=file).fit(X, Y)
+    assert t.store_ is not None
+    assert (t.store_.damaged, t.store_.misses) == (0, 0)
+
+
+def test_damaged_records_are_no_secret(tmp_path: Path) -> None:
+    file = tmp_path / "cache"
+    tuner(cache_file=file).fit(X, Y)
+    raw = bytearray(file.read_bytes())
+    raw[-65] ^= 1  # behind it there are 64 bytes of slack
+    file.write_bytes(raw)
+    with pytest.warns(UserWarning, match="1 of 60 records in .*cache were damaged"):
+        t = tuner(cache_file=file).fit(X, Y)
+    assert t.store_ is not None
+    assert t.store_.misses == 1

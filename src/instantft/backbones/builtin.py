@@ -142,7 +142,8 @@ class Network:
             mean, std = (_numbers(metadata.get(key, "[]")) for key in ("mean", "std"))
             network = cls(found[0], tensors, mean, std)
         except (ValueError, RecursionError) as e:
-            raise FileError(f"a base file must hold usable values, but {path} does not: {e}") from None
+            what = "a base file must hold usable values and preprocessing"
+            raise FileError(f"{what}, but {path} does not: {e}") from None
         if network.hash != metadata.get("hash"):
             raise FileError(
                 f"a base file must match its hash {str(metadata.get('hash'))[:64]}, but {path} hashes to "
