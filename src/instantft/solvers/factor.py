@@ -15,7 +15,7 @@ In the primal, with features X (T, D), A = XᵀX + λI and r = Y − X·W, the s
 
     e_i = r_i / (1 − h_i),   e_S = (I − H_SS)⁻¹·r_S,   H = X·A⁻¹·Xᵀ.
 
-T samples, D features, C outputs. float64 unless said otherwise. Only `cholesky` touches LAPACK.
+T samples, D features, C outputs. float64 unless said otherwise. Only `_by_halves` factorises.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from numpy.typing import NDArray
 
 from ..errors import UsageError
 
-__all__ = ["Factor", "blocks_of", "cholesky", "inverse_lower", "primal_left_out", "solve_lower"]
+__all__ = ["Factor", "blocks_of", "inverse_factor", "primal_left_out"]
 
 Array = NDArray[Any]
 Doubles = NDArray[np.float64]
 Rows = NDArray[np.intp]
 
 LEAF = 32
-"""Triangles up to this size are inverted by LAPACK, all at once; larger ones by halves."""
+"""Systems up to this size go to LAPACK."""
 
 FIRST_JITTER, LAST_JITTER = 1e-12, 1e-4
 """Shares of the mean diagonal that are tried where rounding has made a matrix indefinite."""
@@ -44,8 +44,14 @@ LEVERAGE_MARGIN = 1e-10
 """Least 1 − h: a sample that fixes its own prediction completely keeps a finite left-out residual."""
 
 
-def cholesky(G: Array) -> Array:
-    """The lower triangular L with L·Lᵀ = G (n, n), of G's type.
+def inverse_factor(G: Array) -> Array:
+    """V = L⁻¹, where L is lower triangular and L·Lᵀ = G (n, n); of G's type.
+
+    By halves, so that nearly all of it is matrix products; NumPy's own Cholesky is slower, and it has no inverse of a
+    triangle.
+
+    [A ·]   A = L₁·L₁ᵀ,  L₂₁ = B·L₁⁻ᵀ,  D − L₂₁·L₂₁ᵀ = L₂·L₂ᵀ        [    L₁⁻¹          0  ]
+    [B D]                                                        V = [−L₂⁻¹·L₂₁·L₁⁻¹  L₂⁻¹]
 
     Where rounding has made G indefinite, the smallest of a few multiples of the identity that mends it is added.
 
@@ -57,10 +63,13 @@ def cholesky(G: Array) -> Array:
         raise UsageError("a system must hold finite values only, not NaN or Inf")
     jitter = 0.0
     while True:
+        work = np.array(G)
+        work[np.diag_indices_from(work)] += work.dtype.type(jitter * mean)
+        V = np.zeros_like(work)
         try:
-            L = np.linalg.cholesky(G if jitter == 0 else G + (jitter * mean) * np.eye(len(G), dtype=G.dtype))
-            if np.isfinite(L).all():
-                return np.asarray(L)
+            _by_halves(work, V, 0, len(work))
+            if np.isfinite(V).all():
+                return V
         except np.linalg.LinAlgError:
             pass
         jitter = FIRST_JITTER if jitter == 0 else 10 * jitter
@@ -68,51 +77,19 @@ def cholesky(G: Array) -> Array:
             raise UsageError("a system must be positive definite: use a larger lambda")
 
 
-def inverse_lower(L: Array) -> Array:
-    """The inverse of a lower triangular matrix (n, n), by halves: matrix products, where NumPy would call for SciPy.
-
-    [A 0]⁻¹   [   A⁻¹       0 ]
-    [B D]   = [−D⁻¹·B·A⁻¹  D⁻¹]
-    """
-    n = len(L)
-    whole = n // LEAF * LEAF
-    V = np.zeros_like(L)
-    if whole:
-        k = whole // LEAF
-        on = np.arange(k)
-        leaves = np.tril(np.linalg.inv(L[:whole, :whole].reshape(k, LEAF, k, LEAF)[on, :, on]))
-        V[:whole, :whole].reshape(k, LEAF, k, LEAF)[on, :, on] = leaves
-    if whole < n:
-        V[whole:, whole:] = np.tril(np.linalg.inv(L[whole:, whole:]))
-
-    def fill(first: int, last: int) -> None:
-        """Rows and columns first … last−1, counted in leaves."""
-        if last - first < 2:
-            return
-        middle = (first + last) // 2
-        fill(first, middle)
-        fill(middle, last)
-        a, b, c = first * LEAF, middle * LEAF, min(last * LEAF, n)
-        V[b:c, a:b] = -(V[b:c, b:c] @ (L[b:c, a:b] @ V[a:b, a:b]))
-
-    fill(0, -(-n // LEAF))
-    return V
-
-
-def solve_lower(L: Array, B: Array, *, transposed: bool = False) -> Array:
-    """X with L·X = B, or Lᵀ·X = B, for lower triangular L (n, n) and B (n, m), by substitution of leaves."""
-    X = np.array(B, dtype=np.result_type(L, B))
-    n = len(L)
-    starts = range(0, n, LEAF)
-    for a in reversed(starts) if transposed else starts:
-        b = min(a + LEAF, n)
-        leaf = L[a:b, a:b]
-        X[a:b] = np.linalg.solve(leaf.T if transposed else leaf, X[a:b])
-        if transposed:
-            X[:a] -= L[a:b, :a].T @ X[a:b]
-        else:
-            X[b:] -= L[b:, a:b] @ X[a:b]
-    return X
+def _by_halves(G: Array, V: Array, a: int, b: int) -> None:
+    """Rows and columns a … b−1 of V; those of G are used up."""
+    if b - a <= LEAF:
+        V[a:b, a:b] = np.tril(np.linalg.inv(np.linalg.cholesky(G[a:b, a:b])))
+        return
+    m = (a + b) // 2
+    _by_halves(G, V, a, m)
+    upper = V[a:m, a:m]
+    L21 = G[m:b, a:m] @ upper.T
+    G[m:b, m:b] -= L21 @ L21.T
+    _by_halves(G, V, m, b)
+    np.matmul(V[m:b, m:b], L21 @ upper, out=V[m:b, a:m])
+    V[m:b, a:m] *= -1
 
 
 def blocks_of(groups: Array) -> list[Rows]:
@@ -131,12 +108,11 @@ class Factor:
         G: (T, T) symmetric, K + λI; its type is that of all results.
 
     Raises:
-        UsageError: see `cholesky`.
+        UsageError: see `inverse_factor`.
     """
 
     def __init__(self, G: Array) -> None:
-        self.L = cholesky(G)
-        self.V = inverse_lower(self.L)
+        self.V = inverse_factor(G)
 
     def solve(self, Y: Array) -> Array:
         """α = G⁻¹·Y, (T, C)."""

@@ -6,7 +6,7 @@
 in the dual where T < D,   (K + 1 + λI)·α = Y,  K = s²·Σ_k w_k·X_k·X_kᵀ,  W_k = s²·w_k·X_kᵀ·α,  bias = Σ_i α_i
 in the primal otherwise,   (ZᵀZ + λI)·W = ZᵀY, streamed over chunks of samples
 
-s makes the mean norm of a record 1. λ and the weights w of the taps (`taps.choose`) are found on at most SUBSET samples
+s makes the mean norm of a record 1. λ and the weights w of the taps (`taps.choose`) are found on a few hundred samples
 by exact leave-one-out; the temperature β (`calibration`) on the left-out scores of all. What comes out is an adapter of
 the general form y = gain·c + Σ x^k·A_k·B_k + bias, with gain 0, A_k = β·W_k and B_k = I, so that evaluation, prediction
 and export have no second path.
@@ -33,7 +33,7 @@ from ..errors import DataError, UsageError
 from ..spec import NetSpec
 from . import taps as selection
 from .calibration import Temperature, expected_calibration_error, fit_temperature, softmax
-from .factor import Factor, Rows, blocks_of, cholesky, inverse_lower, primal_left_out
+from .factor import Factor, Rows, blocks_of, inverse_factor, primal_left_out
 from .sgd import Seconds, check_arguments
 
 __all__ = ["METHOD", "Records", "RidgeResult", "fit_ridge"]
@@ -43,11 +43,11 @@ METHOD = "skip-ridge"
 Array = NDArray[Any]
 Doubles = NDArray[np.float64]
 
-SUBSET = 256
-"""Samples on which λ and the weights of the taps are found."""
+FEW, MANY = 256, 512
+"""Samples on which λ and the weights of the taps are found, and those that decide between weights that are close."""
 
 BLOCKS = 32
-"""Runs of consecutive samples that the subset consists of."""
+"""Runs of consecutive samples that both consist of."""
 
 CHUNK = 1024
 """Samples that the primal sees at a time."""
@@ -297,35 +297,35 @@ def _check(spec: NetSpec, x: Floats, y: NDArray[np.int32], groups: Array | None)
 def _choose(
     records: Records, y: NDArray[np.int32], groups: Array | None, seed: int, taps: str | Sequence[int]
 ) -> selection.Choice:
-    """λ and weights, found on a subset that keeps the order of the samples."""
+    """λ and weights, found on few samples."""
     T, L, C = len(records), records.spec.L, records.spec.C
-    rows, blocks = subset(T, seed)
-    if groups is not None:
-        blocks = blocks_of(groups[rows])
-    parts = records.taps(rows)
-    grams = []
-    for part in parts:
-        K = np.asarray(part @ part.T, np.float64)
-        if not np.isfinite(K).all():
+
+    def sample(n: int) -> selection.Sample:
+        rows, blocks = subset(T, n, seed)
+        if groups is not None:
+            blocks = blocks_of(groups[rows])
+        grams = [np.asarray(part @ part.T, np.float64) for part in records.taps(rows)]
+        if not all(np.isfinite(K).all() for K in grams):
             raise DataError("records must be finite and small enough to be squared, not NaN, Inf or above 1e18")
-        grams.append(K)
-    Y = np.eye(C)[y[rows]]
+        return selection.Sample(grams, np.eye(C)[y[rows]], blocks)
+
+    few = sample(FEW)
     if isinstance(taps, str):
         if taps not in ("auto", "all"):
             raise UsageError(f"taps must be 'auto', 'all' or numbers of taps, not {taps!r:.60}")
         if taps == "auto":
-            return selection.choose(grams, Y, blocks)
+            return selection.choose(few, (lambda: sample(MANY)) if T > FEW else None)
         weights = (1.0,) * L
     else:
         wanted = set(taps)
         if not wanted or not wanted <= set(range(L)):
             raise UsageError(f"taps must be some of 0 to {L - 1}, not {list(taps)!r:.60}")
         weights = tuple(float(k in wanted) for k in range(L))
-    return selection.with_weights(grams, Y, weights)
+    return selection.with_weights(few.grams, few.Y, weights)
 
 
-def subset(T: int, seed: int) -> tuple[Rows, list[Rows]]:
-    """At most SUBSET rows of T in order: BLOCKS runs of consecutive samples, spread evenly with a random start.
+def subset(T: int, most: int, seed: int) -> tuple[Rows, list[Rows]]:
+    """At most `most` rows of T in order: BLOCKS runs of consecutive samples, spread evenly with a random start.
 
     Runs, so that samples that resemble their neighbours (consecutive spectra, overlapping windows) do so here too,
     and are left out together.
@@ -333,16 +333,13 @@ def subset(T: int, seed: int) -> tuple[Rows, list[Rows]]:
     Returns:
         The rows, and for each run its place among them.
     """
-    n = min(T, SUBSET)
+    n = min(T, most)
     cuts = np.arange(BLOCKS + 1) * n // BLOCKS
     blocks = [np.arange(a, b) for a, b in itertools.pairwise(cuts) if b > a]
     if n == T:
         return np.arange(T), blocks
-    run = SUBSET // BLOCKS
-    free = (T - n) / BLOCKS
-    shift = np.random.default_rng([seed, 3]).random()
-    starts = np.array([int((i + shift) * free) + i * run for i in range(BLOCKS)])
-    return (starts[:, None] + np.arange(run)).ravel(), blocks
+    gaps = np.floor((np.arange(BLOCKS) + np.random.default_rng([seed, 3]).random()) * (T - n) / BLOCKS)
+    return np.concatenate([rows + int(gap) for rows, gap in zip(blocks, gaps, strict=True)]), blocks
 
 
 @dataclass(frozen=True)
@@ -399,7 +396,7 @@ def _primal(records: Records, Y: Doubles, choice: selection.Choice, groups: Arra
     A *= stretch[:, None] * stretch
     R *= stretch[:, None]
     A[np.diag_indices_from(A)] += choice.lam
-    V = inverse_lower(cholesky(A))
+    V = inverse_factor(A)
     W = V.T @ (V @ R)
     scored = _scored(len(records), groups, seed)
     scores = np.empty((len(scored), Y.shape[1]))

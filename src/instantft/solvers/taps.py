@@ -8,7 +8,7 @@ n samples of the subset, L taps, C outputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +18,33 @@ from numpy.typing import NDArray
 from .calibration import fit_temperature, log_loss
 from .factor import Factor, Rows
 
-__all__ = ["LADDER", "Choice", "best_lambda", "choose", "common_scale", "ladder_weights", "system", "with_weights"]
+__all__ = [
+    "LADDER",
+    "Choice",
+    "Sample",
+    "best_lambda",
+    "block_loss",
+    "choose",
+    "common_scale",
+    "ladder_weights",
+    "left_out",
+    "system",
+    "with_weights",
+]
 
 Array = NDArray[Any]
 Doubles = NDArray[np.float64]
 
-LADDER = ((1.0, 1.0), (0.3, 1.0), (0.03, 1.0), (0.03, 0.0))
+LADDER = ((1.0, 1.0), (0.3, 0.3), (0.03, 0.0))
 """Weights to choose from, as (δ, ρ) of `ladder_weights`: from all taps alike to the raw input and a trace of x^1.
 
 The deeper a tap, the more it was made for the data before the drift. docs/decisions/ridge.md has the measurements."""
 
-MARGIN = 1.0
+MARGIN = 1.5
 """Standard errors by which a rung may be worse than the best."""
+
+SURE = 3.0
+"""Standard errors above which a rung is given up after a first look at few samples."""
 
 START = 0.1
 STEP = 0.5
@@ -112,37 +127,53 @@ def with_weights(grams: Sequence[Doubles], Y: Doubles, weights: Sequence[float])
     return Choice(lam, tuple(float(w) for w in weights))
 
 
-def choose(grams: Sequence[Doubles], Y: Doubles, blocks: Sequence[Rows], margin: float = MARGIN) -> Choice:
-    """λ and weights: down the `LADDER` from equal weights, as long as a step costs no more than chance would.
+@dataclass(frozen=True)
+class Sample:
+    """What a choice is made on.
 
-    Every rung gets its own λ by leave-one-out. Rungs are compared by the log loss of left-out blocks, each at its own
-    temperature: squared error would prefer whatever interpolates neighbours best, and accuracy is too coarse for a few
-    hundred samples. A rung is as good as the best one if it is worse by at most `margin` standard errors of the mean
-    difference over the blocks; of those, the one that leans least on the deep taps wins.
-
-    Args:
+    Attributes:
         grams: L matrices (n, n), the Gram matrix of each tap.
         Y: (n, C) one-hot targets.
         blocks: rows that are left out together.
-        margin: standard errors.
     """
-    y = Y.argmax(axis=1)
-    best: Doubles | None = None
-    chosen = Choice(START, (1.0,) * len(grams))
-    for delta, rho in LADDER:
-        if rho == 0 and len(grams) < 3:
-            continue
-        weights = ladder_weights(len(grams), delta, rho)
-        K = system(grams, weights)
-        lam, _ = best_lambda(K, Y, chosen.lam)
-        scores = Y - left_out(K, Y, lam, blocks)
-        loss = log_loss(float(fit_temperature(scores, y)) * scores, y)
-        if best is not None and not _as_good(loss, best, blocks, margin):
-            break
-        chosen = Choice(lam, weights)
-        if best is None or loss.mean() < best.mean():
-            best = loss
-    return chosen
+
+    grams: Sequence[Doubles]
+    Y: Doubles
+    blocks: Sequence[Rows]
+
+
+def choose(few: Sample, many: Callable[[], Sample] | None = None) -> Choice:
+    """λ and weights: of the `LADDER`, the last rung that is no worse than the best by more than chance.
+
+    Every rung gets its own λ by leave-one-out. Rungs are compared by the log loss of left-out blocks, each at its own
+    temperature: squared error would prefer whatever interpolates neighbours best, and accuracy is too coarse for a few
+    hundred samples. A rung counts as no worse if the mean loss is above the smallest by at most MARGIN standard errors
+    of the difference, where samples of a block count as one.
+
+    Args:
+        few: on which every rung is tried.
+        many: more samples, to decide between the rungs that `few` leaves open; None: there are no more.
+    """
+    rungs = [ladder_weights(len(few.grams), *rung) for rung in LADDER]
+    tried: dict[tuple[float, ...], tuple[float, Doubles]] = {}
+    lam = START
+    for weights in dict.fromkeys(rungs):
+        lam, _ = best_lambda(system(few.grams, weights), few.Y, lam)
+        tried[weights] = lam, block_loss(few, weights, lam)
+    if many is not None:
+        tried = {w: tried[w] for w in _no_worse({w: loss for w, (_, loss) in tried.items()}, few.blocks, SURE)}
+        if len(tried) > 1:
+            few = many()
+            tried = {w: (lam, block_loss(few, w, lam)) for w, (lam, _) in tried.items()}
+    last = _no_worse({w: loss for w, (_, loss) in tried.items()}, few.blocks, MARGIN)[-1]
+    return Choice(tried[last][0], last)
+
+
+def block_loss(sample: Sample, weights: Sequence[float], lam: float) -> Doubles:
+    """(n,): log loss of every sample, left out with its block, at the best temperature."""
+    y = sample.Y.argmax(axis=1)
+    scores = sample.Y - left_out(system(sample.grams, weights), sample.Y, lam, sample.blocks)
+    return np.asarray(log_loss(float(fit_temperature(scores, y)) * scores, y))
 
 
 def ladder_weights(L: int, delta: float, rho: float) -> tuple[float, ...]:
@@ -150,15 +181,19 @@ def ladder_weights(L: int, delta: float, rho: float) -> tuple[float, ...]:
     return tuple(1.0 if k == 0 else delta if k == 1 else delta * rho for k in range(L))
 
 
-def _as_good(loss: Doubles, best: Doubles, blocks: Sequence[Rows], margin: float) -> bool:
-    """Whether the mean loss is above the best one by at most `margin` standard errors, samples of a block as one."""
-    difference = loss - best
-    sums = np.array([difference[rows].sum() for rows in blocks])
-    B = len(sums)
+def _no_worse(
+    losses: dict[tuple[float, ...], Doubles], blocks: Sequence[Rows], margin: float
+) -> list[tuple[float, ...]]:
+    """Those whose mean loss is above the smallest by at most `margin` standard errors, in their order."""
+    best = min(losses.values(), key=lambda loss: float(loss.mean()))
+    return [w for w, loss in losses.items() if loss is best or _excess(loss - best, blocks) <= margin]
+
+
+def _excess(difference: Doubles, blocks: Sequence[Rows]) -> float:
+    """Mean of the differences (n,) in standard errors, the samples of a block as one."""
+    mean, B = float(difference.mean()), len(blocks)
     if B < 2:
-        return float(difference.mean()) <= 0
-    sizes = np.array([len(rows) for rows in blocks])
-    mean = float(difference.mean())
-    spread = sums - mean * sizes
-    error = float(np.sqrt(B / (B - 1) * (spread * spread).sum())) / len(loss)
-    return mean <= margin * error
+        return float("inf") if mean > 0 else 0.0
+    spread = np.array([(difference[rows] - mean).sum() for rows in blocks])
+    error = float(np.sqrt(B / (B - 1) * (spread * spread).sum())) / len(difference)
+    return mean / error if error > 0 else (float("inf") if mean > 0 else 0.0)
