@@ -8,6 +8,7 @@ import pty
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ import pytest
 
 from instantft import cli
 from instantft.adapters import CONFIG_FILE, Adapter
+from instantft.backbones import builtin
 from instantft.backbones.builtin import Network
+from instantft.solvers import sgd
 
 from . import samples
 
@@ -260,6 +263,13 @@ def foreign() -> None:
     Path("mine/a.txt").write_text("x")
 
 
+def negative() -> None:
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(builtin, "check_values", lambda *_: None)
+        name = "layers.0.bn.running_var"
+        Network(BASE.spec, dict(BASE.tensors) | {name: -BASE.tensors[name]}).save("negative.safetensors")
+
+
 def nothing() -> None:
     pass
 
@@ -348,6 +358,49 @@ BAD: list[tuple[str, Callable[[], Any], tuple[Any, ...], str]] = [
         ("predict", "base.safetensors", "--data", "ft.npz", "--out", "ft.npz/y.npz"),
         "ft.npz is a file",
     ),
+    ("demo seed", nothing, ("demo", "--seed", "-1"), "seed must be an integer from 0"),
+    ("demo out is a file", nothing, ("demo", "--out", "ft.npz"), "ft.npz is a file"),
+    ("demo out in /proc", nothing, ("demo", "--out", "/proc/demo"), "writable directory, not '/proc/demo'"),
+    (
+        "demo out holds other files",
+        lambda: Path("d/base.safetensors").mkdir(parents=True),
+        ("demo", "--out", "d"),
+        "d/base",
+    ),
+    (
+        "base over data",
+        nothing,
+        ("pretrain", "dnn", "--data", "ft.npz", "--out", "./ft.npz"),
+        "file than --data, not ./ft",
+    ),
+    (
+        "base over a link to --eval",
+        lambda: os.symlink("test.npz", "link"),
+        ("pretrain", "dnn", "--data", "ft.npz", "--eval", "test.npz", "--out", "link"),
+        "--out must be another file than --eval, not link",
+    ),
+    (
+        "predictions over data",
+        nothing,
+        ("predict", "base.safetensors", "--data", "ft.npz", "--out", "ft.npz"),
+        "--out must be another file than --data, not ft.npz",
+    ),
+    (
+        "predictions over the base",
+        nothing,
+        ("predict", "base.safetensors", "--data", "ft.npz", "--out", "base.safetensors"),
+        "another file than BASE",
+    ),
+    (
+        "predictions over the adapter",
+        nothing,
+        ("predict", "base.safetensors", "--adapter", "adapter", "--data", "ft.npz", "--out", f"adapter/{CONFIG_FILE}"),
+        "another file than the adapter's config",
+    ),
+    ("cache file is a pipe", lambda: os.mkfifo("pipe"), (*FINETUNE, "new", "--cache-file", "pipe"), "no regular file"),
+    ("cache file is a directory", nothing, (*FINETUNE, "new", "--cache-file", "adapter"), "adapter is a directory"),
+    ("cache file is a device", nothing, (*FINETUNE, "new", "--cache-file", "/dev/zero"), "no regular file"),
+    ("negative variance", negative, ("inspect", "negative.safetensors"), "variances of at least 0"),
     ("cache file in nowhere", nothing, (*FINETUNE, "new", "--cache-file", "no/where"), "no/where"),
     ("rank 0", nothing, (*FINETUNE, "new", "--rank", "0"), "rank must be an integer from 1 to 4096, not 0"),
     ("rank -1", nothing, (*FINETUNE, "new", "--rank", "-1"), "rank must be"),
@@ -487,6 +540,87 @@ def test_progress_bar_only_on_a_terminal_and_only_after_a_second(monkeypatch: py
     with cli._Bar("work", 3) as bar:
         bar.update(1)
         assert bar._bar is None
+
+
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -> str:
+    """What `work` shows on stderr, if that is a terminal and bars do not wait."""
+    ours, theirs = pty.openpty()
+    with monkeypatch.context() as m, os.fdopen(theirs, "w") as terminal:
+        m.setattr(cli, "BAR_AFTER", 0.0)
+        m.setattr(sys, "stderr", terminal)
+        work()
+        terminal.write("end")
+        terminal.flush()
+        text = os.read(ours, 1 << 16)
+    os.close(ours)
+    return text.decode()
+
+
+def test_a_bar_shows_itself_while_one_long_call_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work() -> None:
+        with cli._Bar("work", 1):
+            time.sleep(0.3)
+
+    assert "work" in on_a_terminal(monkeypatch, work)
+
+
+def test_stages_of_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work() -> None:
+        with cli._Bar("one", 1) as bar:
+            bar.update(0.5)
+            bar.stage("two", 8)
+            bar.update(2)
+            bar.stage("two", 8)
+
+    text = on_a_terminal(monkeypatch, work)
+    assert "50%" in text
+    assert text.rindex("one") < text.index("two")
+    assert "25%" in text
+
+
+def test_every_long_command_has_bars(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = samples.blobs(3000)
+    np.savez("large.npz", x=x, y=y)
+    more = ("--data", "large.npz", "--engine", "reference")
+    monkeypatch.setattr(sgd, "LONG_EPOCH", 500)
+    base = "base.safetensors"
+    for arguments, labels in (
+        (("pretrain", "dnn", "--out", "b", "--epochs", 1, *more), ["pre-training"]),
+        (("finetune", base, "--out", "new", "--epochs", 1, *more), ["filling the cache", "fine-tuning (skip2-lora)"]),
+        (("finetune", base, "--out", "new", "--epochs", 1, "--method", "ft-all", *more), ["fine-tuning (ft-all)"]),
+        (("evaluate", base, *more), ["predicting"]),
+        (("predict", base, "--out", "y.npz", *more), ["predicting"]),
+    ):
+        status: list[int] = []
+
+        def work(arguments: tuple[Any, ...] = arguments, status: list[int] = status) -> None:
+            status.append(cli.run([str(a) for a in arguments]))
+
+        text = on_a_terminal(monkeypatch, work)
+        assert status == [0]
+        assert [label for label in labels if label in text] == labels
+        assert "%" in text
+
+
+def test_damaged_records_of_a_cache_file_are_reported(here: Path, run: Run) -> None:
+    command = (*FINETUNE, "new", "--cache-file", "cache", "--json")
+    assert "damaged" not in json.loads(run(*command)[1])["cache"]
+    raw = bytearray(Path("cache").read_bytes())
+    raw[-65] ^= 1
+    Path("cache").write_bytes(bytes(raw))
+    status, out, err = run(*command)
+    assert status == 0
+    assert json.loads(out)["cache"]["damaged"] == 1
+    assert (
+        err == "warning: 1 of 60 records in cache were damaged or unfinished: they were dropped and are computed anew\n"
+    )
+
+
+def test_a_diverged_run_leaves_good_records(here: Path, run: Run) -> None:
+    assert run(*FINETUNE, "new", "--cache-file", "cache", "--lr", "3e38")[0] == 2
+    status, out, err = run(*FINETUNE, "new", "--cache-file", "cache", "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["cache"]["misses"] == 0
 
 
 def test_a_missing_core_is_a_warning(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

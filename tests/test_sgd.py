@@ -9,13 +9,14 @@ import pytest
 
 from instantft.backbones.builtin import Network
 from instantft.cache.store import memory_store
-from instantft.engine import Engine, EpochStats
+from instantft.engine import Engine, EpochStats, forward
 from instantft.engine.reference import ReferenceEngine
 from instantft.errors import DivergedError, UsageError
 from instantft.methods import METHODS, method
 from instantft.solvers import sgd
 
 from . import samples
+from .nets import NETS, samples_for, tensors_for
 
 BASE = samples.base()
 X, Y = samples.blobs(45)
@@ -85,13 +86,68 @@ def test_seed_decides_the_result() -> None:
 
 def test_how_epochs_are_cut_into_calls_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = sgd.fit(REFERENCE, BASE, "lora-all", X, Y, epochs=7)
-    told: list[int] = []
+    told: list[float] = []
     monkeypatch.setattr(sgd, "FIRST_CALL_SAMPLES", 1)
     monkeypatch.setattr(sgd, "CALL_SECONDS", 0.0)
     cut = sgd.fit(REFERENCE, BASE, "lora-all", X, Y, epochs=7, progress=told.append)
     assert told == [1, 2, 3, 4, 5, 6, 7]
     assert same(whole.adapter.tensors, cut.adapter.tensors)
     np.testing.assert_array_equal(whole.stats.loss, cut.stats.loss)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("ft-all", None), ("lora-all", None), ("skip2-lora", "fp32")])
+def test_long_epochs_are_cut_between_batches(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, name: str, codec: str | None
+) -> None:
+    def fit(progress: Any = None) -> sgd.FitResult:
+        store = memory_store(codec, BASE.spec.record, 45) if codec else None
+        return sgd.fit(
+            engine, BASE, name, X, Y, epochs=2, batch_size=4, momentum=0.5, store=store, progress=progress
+        )  # fmt: skip
+
+    told: list[float] = []
+    whole = fit()
+    monkeypatch.setattr(sgd, "LONG_EPOCH", 21)
+    cut = fit(told.append)
+    assert told == [20 / 45, 40 / 45, 1, 1 + 20 / 45, 1 + 40 / 45, 2]
+    assert same(whole.adapter.tensors, cut.adapter.tensors)
+    np.testing.assert_array_equal(whole.stats.correct, cut.stats.correct)
+    np.testing.assert_allclose(whole.stats.loss, cut.stats.loss, rtol=1e-12)
+
+
+def test_the_cache_is_filled_in_parts(engine: Engine) -> None:
+    x, y = samples.blobs(3000)
+    told: list[float] = []
+    store = memory_store("nf4", BASE.spec.record, 3000)
+    sgd.fit(engine, BASE, "skip2-lora", x, y, epochs=1, store=store, filling=told.append)
+    whole = memory_store("nf4", BASE.spec.record, 3000)
+    engine.fill(BASE.spec, BASE.tensors, x, np.arange(3000), whole)
+    assert told[0] == 1024
+    assert told[-1] == 3000
+    assert (store.hits, store.misses) == (0, 3000)
+    np.testing.assert_array_equal(store.data, whole.data)
+
+
+def test_forward_in_parts_is_forward(engine: Engine) -> None:
+    x, _ = samples.blobs(2500)
+    told: list[float] = []
+    logits = forward(engine, BASE.spec, BASE.tensors, x, 2, told.append)
+    assert told[0] == 1024
+    assert told[-1] == 2500
+    np.testing.assert_array_equal(logits, engine.forward(BASE.spec, BASE.tensors, x))
+
+
+@pytest.mark.parametrize("codec", ["fp32", "nf4"])
+def test_threads_change_nothing(engine: Engine, codec: str) -> None:
+    x, y = samples_for(NETS["odd"], 230)
+    base = Network(NETS["odd"], tensors_for(NETS["odd"]))
+    results = []
+    for threads in (1, 3):
+        store = memory_store(codec, base.spec.record, len(x))
+        fitted = sgd.fit(engine, base, "skip2-lora", x, y, epochs=3, lr=0.01, threads=threads, store=store)
+        results.append((fitted.adapter.tensors, store.data.copy()))
+    assert same(results[0][0], results[1][0])
+    np.testing.assert_array_equal(results[0][1], results[1][1])
 
 
 def test_going_on_draws_new_orders() -> None:
@@ -119,6 +175,11 @@ def test_divergence_names_the_step_of_the_whole_run(monkeypatch: pytest.MonkeyPa
         sgd._epochs(Trainer(), 45, 7, 10, 0.5, np.random.default_rng(0), None)  # type: ignore[arg-type]
     assert e.value.step == 2 * 5 + 4
     assert "step 14" in str(e.value)
+    Trainer.calls = 0
+    monkeypatch.setattr(sgd, "LONG_EPOCH", 20)  # two steps a call, three calls an epoch: the third is at step 5
+    with pytest.raises(DivergedError) as e:
+        sgd._epochs(Trainer(), 45, 7, 10, 0.5, np.random.default_rng(0), None)  # type: ignore[arg-type]
+    assert e.value.step == 4 + 4
 
 
 @pytest.mark.parametrize("name", [m for m in METHODS if m != "ft-bias"])  # whose loss stays finite, if barely

@@ -55,7 +55,7 @@ def run_bench(
     seed: int,
     threads: int,
     repeat: int,
-    progress: Callable[[int], None],
+    progress: sgd.Progress,
 ) -> list[dict[str, Any]]:
     """Time everything `repeat` times, in turns.
 
@@ -89,7 +89,7 @@ def run_bench(
     for done in range(repeat):
         for i, (_, _, timed) in enumerate(contestants):
             runs[i].append(timed())
-        progress(done + 1)
+            progress(done + (i + 1) / len(contestants))
     totals = [median(r[0] for r in run) for run in runs]
     reference = totals[[name for name, _, _ in contestants].index("skip2-lora fp32")]
     return [

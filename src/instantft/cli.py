@@ -12,15 +12,16 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from .errors import EngineError, FileError, InstantFTError, UsageError
+from .errors import EngineError, InstantFTError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -153,7 +154,7 @@ def demo(out: str, seed: int, engine: str | None, as_json: bool) -> None:
     def say(text: str) -> None:
         click.echo(text, err=as_json)
 
-    result = run_demo(Path(out), seed, _engine(engine), say)
+    result = run_demo(Path(out), seed, _engine(engine), say, _Bar)
     if as_json:
         _print_json(result)
 
@@ -202,13 +203,13 @@ def pretrain(
     if not 1 <= hidden <= specs.MAX_WIDTH:
         raise UsageError(f"--hidden must be 1 to {specs.MAX_WIDTH}, not {hidden}")
     sgd.check_arguments(epochs=epochs, batch_size=batch_size, lr=lr, momentum=momentum, seed=seed)
+    _check_file_target(out, {"--data": data, "--eval": eval_path})
     samples = load_samples(data)
     y = samples.labels
     C = int(y.max()) + 1
     spec = specs.dnn(samples.x.shape[1], C, hidden) if net == "dnn" else specs.lenet5(samples.shape, C)
     means, stds = check_preprocessing(_values("--mean", mean), _values("--std", std), spec.input_shape)
     test = load_samples(eval_path, spec, means, stds) if eval_path else None
-    _check_file_target(out)
     warn_if_poor(y, batch_size)
     x, _ = as_samples(samples.x, spec, means, stds, name=f"{data}: x")
     chosen = _engine(engine)
@@ -338,8 +339,17 @@ def finetune(
     samples = load_samples(data, network.spec, means, stds)
     test = load_samples(eval_path, network.spec, means, stds) if eval_path else None
     before = _accuracy(chosen, network, None, test, threads) if test else None
-    with _Bar(f"fine-tuning ({method})", tuner.epochs) as bar:
-        tuner.fit_prepared(samples.x, samples.labels, progress=bar.update)
+    label, T = f"fine-tuning ({method})", len(samples.x)
+    with _Bar(label, tuner.epochs) as bar:
+
+        def filling(done: float) -> None:
+            if done < T:
+                bar.stage("filling the cache", T)
+                bar.update(done)
+            else:
+                bar.stage(label, tuner.epochs)
+
+        tuner.fit_prepared(samples.x, samples.labels, progress=bar.update, filling=filling)
     after = _accuracy(chosen, network, tuner.adapter, test, threads) if test else None
     tuner.adapter.save(out)
 
@@ -361,12 +371,14 @@ def finetune(
             "misses": store.misses if store else 0,
         },
         "adapter": out,
-        "samples": len(samples.x),
+        "samples": T,
         "loss": float(fitted.stats.loss[-1]),
         "engine": chosen.name,
     }
+    if store and store.damaged:
+        result["cache"]["damaged"] = store.damaged
     if history:
-        result["history"] = _history(fitted.stats, len(samples.x))
+        result["history"] = _history(fitted.stats, T)
     if as_json:
         return _print_json(result)
     if history:
@@ -471,9 +483,16 @@ def predict(
     import numpy as np
 
     from . import files
+    from .adapters import CONFIG_FILE, TENSOR_FILE
     from .tuner import probabilities
 
-    _check_file_target(out)
+    inputs = {"--data": data, "BASE": base}
+    if adapter:
+        inputs |= {
+            "the adapter": str(Path(adapter, TENSOR_FILE)),
+            "the adapter's config": str(Path(adapter, CONFIG_FILE)),
+        }
+    _check_file_target(out, inputs)
     _, chosen, _, logits = _forward(base, adapter, data, mean, std, threads, engine, labels=False)
     label = logits.argmax(axis=1)
     buffer = io.BytesIO()
@@ -649,25 +668,14 @@ def _preprocessing(network: Network, mean: str | None, std: str | None) -> tuple
     return check_preprocessing(means, stds, network.spec.input_shape)
 
 
-def _check_file_target(out: str) -> None:
-    """Refuse, before any work is done, a place where no file can come to be."""
-    try:
-        target = Path(os.path.realpath(out))
-        if target.is_dir() or (target.exists() and not target.is_file()):
-            raise FileError(f"--out must be a regular file, but {out} is a directory or device")
-        parent = next(p for p in target.parents if p.exists())
-        if not parent.is_dir():
-            raise FileError(f"--out must be in a directory, but {parent} is a file")
-        if not os.access(parent, os.W_OK):
-            raise FileError(f"--out must be in a writable directory, but {parent} is not")
-    except (OSError, ValueError) as e:
-        if isinstance(e, FileError):
-            raise
-        raise FileError(f"--out must be a usable file name, not {out!r:.80}: {e}") from None
+def _check_file_target(out: str, inputs: Mapping[str, str | None]) -> None:
+    """Refuse, before any work is done, a place where no file can come to be, and a file that is read as well."""
+    from . import files
 
-
-def _tensors(network: Network, adapter: Adapter | None) -> dict[str, Floats]:
-    return {**network.tensors, **(adapter.tensors if adapter else {})}
+    files.check_file(Path(out), "--out")
+    for name, path in inputs.items():
+        if path and os.path.realpath(out) == os.path.realpath(path):
+            raise UsageError(f"--out must be another file than {name}, not {out}")
 
 
 def _forward(
@@ -691,12 +699,19 @@ def _forward(
     means, stds = _preprocessing(network, mean, std)
     samples = load_samples(data, network.spec, means, stds, labels=labels)
     chosen = _engine(engine)
-    return network, chosen, samples, chosen.forward(network.spec, _tensors(network, adapter), samples.x, threads)
+    return network, chosen, samples, _logits(chosen, network, adapter, samples, threads)
 
 
 def _accuracy(engine: Engine, network: Network, adapter: Adapter | None, test: Samples, threads: int = 1) -> float:
-    logits = engine.forward(network.spec, _tensors(network, adapter), test.x, threads)
-    return float((logits.argmax(axis=1) == test.labels).mean())
+    return float((_logits(engine, network, adapter, test, threads).argmax(axis=1) == test.labels).mean())
+
+
+def _logits(engine: Engine, network: Network, adapter: Adapter | None, samples: Samples, threads: int) -> Floats:
+    from .engine import forward
+
+    tensors = {**network.tensors, **(adapter.tensors if adapter else {})}
+    with _Bar("predicting", len(samples.x)) as bar:
+        return forward(engine, network.spec, tensors, samples.x, threads, bar.update)
 
 
 def _loss(logits: Floats, y: NDArray[np.int32]) -> float:
@@ -856,7 +871,13 @@ def _plain(value: Any) -> Any:
 
 
 class _Bar:
-    """A progress bar on stderr, if that is a terminal, and only once the work has taken a while."""
+    """A progress bar on stderr, if that is a terminal, and only once the work has taken a while.
+
+    It shows itself after BAR_AFTER seconds even if nothing was reported until then, and then stands at the beginning.
+    """
+
+    _fine = 1000
+    """Steps of the bar in one of `length`, which may be a long epoch."""
 
     def __init__(self, label: str, length: int) -> None:
         self._label = label
@@ -864,21 +885,57 @@ class _Bar:
         self._began = time.perf_counter()
         self._bar: Any = None
         self._terminal = sys.stderr.isatty()
+        self._lock = threading.Lock()
+        self._timer = threading.Timer(BAR_AFTER, self._wake)
+        self._timer.daemon = True
+        self._over = False
 
     def __enter__(self) -> _Bar:
+        if self._terminal:
+            self._timer.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.render_finish()
+        self._timer.cancel()
+        with self._lock:
+            self._over = True
+            self._finish()
 
-    def update(self, done: int) -> None:
+    def __call__(self, done: float) -> None:
+        """The same as `update`."""
+        self.update(done)
+
+    def update(self, done: float) -> None:
         """`done` of `length` are done."""
         if not self._terminal:
             return
-        if self._bar is None:
-            if time.perf_counter() - self._began < BAR_AFTER or done >= self._length:
-                return
-            self._bar = click.progressbar(length=self._length, label=self._label, file=sys.stderr)
-            self._bar.render_progress()
-        self._bar.update(done - self._bar.pos)
+        with self._lock:
+            if self._bar is None:
+                if time.perf_counter() - self._began < BAR_AFTER or done >= self._length:
+                    return
+                self._show()
+            self._bar.update(int(done * self._fine) - self._bar.pos)
+
+    def stage(self, label: str, length: int) -> None:
+        """From now on it is `label` that is going on; nothing happens if it is already."""
+        with self._lock:
+            if label != self._label:
+                was_shown = self._bar is not None
+                self._finish()
+                self._label, self._length = label, length
+                if was_shown:
+                    self._show()
+
+    def _show(self) -> None:
+        self._bar = click.progressbar(length=self._length * self._fine, label=self._label, file=sys.stderr)
+        self._bar.render_progress()
+
+    def _finish(self) -> None:
+        if self._bar is not None:
+            self._bar.render_finish()
+            self._bar = None
+
+    def _wake(self) -> None:
+        with self._lock:
+            if self._bar is None and not self._over:
+                self._show()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import files
+from .adapters import check_target
 from .backbones.builtin import Network
 from .cost import network_parameters
 from .data import as_samples
@@ -53,6 +55,12 @@ CONTESTANTS: tuple[tuple[str, str | None], ...] = (
 )
 
 
+Stage = Callable[[str, int], AbstractContextManager[sgd.Progress]]
+"""From what is done, and how many pieces it has, to something that is told how many of them are done."""
+
+FILES = ("base.safetensors", "pretrain.npz", "finetune.npz", "test.npz", "time-against-accuracy.png")
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the demo's table."""
@@ -84,7 +92,14 @@ def make_digits(seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return np.rint(large[order]).clip(0, 255).astype(np.uint8), digits.target[order].astype(np.int64)
 
 
-def run_demo(out: Path, seed: int, engine: Engine, say: Callable[[str], None]) -> dict[str, Any]:
+@contextmanager
+def _silent(_: str, __: int) -> Iterator[sgd.Progress]:
+    yield lambda _: None
+
+
+def run_demo(
+    out: Path, seed: int, engine: Engine, say: Callable[[str], None], stage: Stage = _silent
+) -> dict[str, Any]:
     """Run the demo.
 
     Args:
@@ -92,15 +107,22 @@ def run_demo(out: Path, seed: int, engine: Engine, say: Callable[[str], None]) -
         seed: decides everything but the times.
         engine: who computes.
         say: gets the text, bit by bit.
+        stage: shows progress.
 
     Returns:
         What was said, for machines.
 
     Raises:
-        UsageError: an extra is not installed.
+        UsageError: an extra is not installed, or the seed is out of range.
+        FileError: `out` is no place to write to.
     """
     began = time.perf_counter()
-    _extra("matplotlib")  # now rather than after all the work
+    sgd.check_arguments(seed=seed)  # all of this now rather than after all the work
+    files.check_directory(out, "the demo's files")
+    for name in FILES:
+        files.check_file(out / name, "a file of the demo")
+    check_target(out / "adapter")
+    _extra("matplotlib")
     images, labels = make_digits(seed)
     drifted = rotate(images, ANGLE)
     first, second = slice(0, PRETRAIN), slice(PRETRAIN, PRETRAIN + FINETUNE)
@@ -111,9 +133,11 @@ def run_demo(out: Path, seed: int, engine: Engine, say: Callable[[str], None]) -
     x, _ = as_samples(images[first], spec)
     started = time.perf_counter()
     epochs = PRETRAIN_EPOCHS.get(engine.name, PRETRAIN_EPOCHS["native"])
-    base, _ = sgd.pretrain(
-        engine, spec, x, labels[first].astype(np.int32), epochs=epochs, lr=PRETRAIN_LR, momentum=0.5, seed=seed
-    )
+    y = labels[first].astype(np.int32)
+    with stage("pre-training", epochs) as progress:
+        base, _ = sgd.pretrain(
+            engine, spec, x, y, epochs=epochs, lr=PRETRAIN_LR, momentum=0.5, seed=seed, progress=progress
+        )
     trained = time.perf_counter() - started
     upright = _accuracy(engine, base, images[test], labels[test])
     say(
@@ -125,7 +149,7 @@ def run_demo(out: Path, seed: int, engine: Engine, say: Callable[[str], None]) -
     say(f"2. The camera turns by {ANGLE:.0f}°. Accuracy falls to {before:.1%}.\n")
 
     say(f"3. Adapt to {FINETUNE} turned digits, {EPOCHS} epochs, one thread; test on {len(labels[test])} others.")
-    rows, adapter = _contest(engine, base, drifted, labels, second, test, seed)
+    rows, adapter = _contest(engine, base, drifted, labels, second, test, seed, stage)
     say(
         "\n"
         + format_table(
@@ -186,16 +210,19 @@ def _contest(
     tuned: slice,
     test: slice,
     seed: int,
+    stage: Stage,
 ) -> tuple[list[Row], Any]:
     """Every contestant in turns, three rounds of them where the engine is fast; the median of its times counts."""
     tuners = [
         FineTuner(base, m, cache=c or "none", epochs=EPOCHS, lr=LR, seed=seed, engine=engine) for m, c in CONTESTANTS
     ]
     times: list[list[float]] = [[] for _ in tuners]
-    for _ in range(3 if engine.name == "native" else 1):
-        for i, tuner in enumerate(tuners):
+    turns = [(i, tuner) for _ in range(3 if engine.name == "native" else 1) for i, tuner in enumerate(tuners)]
+    with stage("adapting", len(turns)) as progress:
+        for done, (i, tuner) in enumerate(turns):
             tuner.fit(images[tuned], labels[tuned])
             times[i].append(tuner.result_.seconds.total)
+            progress(done + 1)
     rows = []
     for tuner, seconds, (name, codec) in zip(tuners, times, CONTESTANTS, strict=True):
         store = tuner.store_

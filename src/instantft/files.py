@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from .errors import FileError
 
 __all__ = [
+    "check_directory",
+    "check_file",
     "decode_json",
     "encode_tensors",
     "frozen",
@@ -194,6 +196,46 @@ def encode_tensors(tensors: Mapping[str, Floats], metadata: dict[str, str]) -> b
     from safetensors.numpy import save
 
     return bytes(save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata=metadata))
+
+
+def check_directory(directory: Path, what: str) -> None:
+    """See, before any work is done, that files can be written into `directory`, which need not be there yet.
+
+    Raises:
+        FileError: it is a file or below one, or cannot be written.
+    """
+    import tempfile
+
+    try:
+        target = Path(os.path.realpath(directory))
+        parent = next(p for p in (target, *target.parents) if p.exists())
+        if not parent.is_dir():
+            raise FileError(f"{what} must be in a directory, but {parent} is a file")
+        with tempfile.TemporaryFile(dir=parent):
+            pass  # permissions alone say little: root has all of them, even in /proc
+    except FileError:
+        raise
+    except (OSError, ValueError) as e:
+        words = reason(e) if isinstance(e, OSError) else str(e)
+        raise FileError(f"{what} must be in a writable directory, not {str(directory)!r:.80}: {words}") from None
+
+
+def check_file(path: Path, what: str) -> None:
+    """See, before any work is done, that a file can be written to `path`.
+
+    Raises:
+        FileError: it is a directory or device, or in no writable directory.
+    """
+    try:
+        target = Path(os.path.realpath(path))
+        if target.is_dir() or (target.exists() and not target.is_file()):
+            raise FileError(f"{what} must be a regular file, but {path} is a directory or device")
+    except FileError:
+        raise
+    except (OSError, ValueError) as e:
+        words = reason(e) if isinstance(e, OSError) else str(e)
+        raise FileError(f"{what} must be a usable file name, not {str(path)!r:.80}: {words}") from None
+    check_directory(target.parent, what)
 
 
 def write_whole(path: Path, data: bytes, what: str) -> None:

@@ -19,7 +19,7 @@ from .backbones.builtin import Network
 from .cache.codecs import codec
 from .cache.store import Store, memory_store, open_store
 from .data import as_array, as_labels, as_samples, warn_if_poor
-from .engine import Engine, Floats, get_engine
+from .engine import Engine, Floats, forward, get_engine
 from .errors import DataError, FileError, UsageError
 from .methods import Method, method
 from .solvers import sgd
@@ -176,15 +176,26 @@ class FineTuner:
         rows, labels = self._samples(x, y)
         return self.fit_prepared(rows, labels, progress=progress)
 
-    def fit_prepared(self: Self, x: Floats, y: NDArray[np.int32], *, progress: sgd.Progress | None = None) -> Self:
-        """As `fit`, for samples and labels that `data.load_samples` has already checked, scaled and normalised."""
+    def fit_prepared(
+        self: Self,
+        x: Floats,
+        y: NDArray[np.int32],
+        *,
+        progress: sgd.Progress | None = None,
+        filling: sgd.Progress | None = None,
+    ) -> Self:
+        """As `fit`, for samples and labels that `data.load_samples` has already checked, scaled and normalised.
+
+        Args:
+            filling: told how many samples have gone through the frozen network, while the cache is filled.
+        """
         m = self._check()
         rows, labels = x, y
         warn_if_poor(labels, self.batch_size)
         store = self._open(m, rows)
         engine = self._engine()
         numbers = np.arange(len(rows))
-        result = self._run(engine, m, rows, labels, store, numbers, None, self.epochs, 0, progress)
+        result = self._run(engine, m, rows, labels, store, numbers, None, self.epochs, 0, progress, filling)
         self._keep(result, store, len(rows))
         self._epochs_done = self.epochs
         self.history_: dict[str, list[float]] = _history(result, len(rows))
@@ -231,7 +242,7 @@ class FineTuner:
         adapter = self.adapter
         rows, _ = as_samples(x, self.base.spec, self.base.mean, self.base.std)
         tensors = {**self.base.tensors, **adapter.tensors}
-        return self._engine().forward(self.base.spec, tensors, rows, self.threads)
+        return forward(self._engine(), self.base.spec, tensors, rows, self.threads)
 
     def predict_proba(self, x: ArrayLike) -> Floats:
         """Softmax probabilities (T, C) float32."""
@@ -372,6 +383,7 @@ class FineTuner:
         epochs: int,
         done: int,
         progress: sgd.Progress | None,
+        filling: sgd.Progress | None = None,
     ) -> sgd.FitResult:
         try:
             return sgd.fit(
@@ -392,6 +404,7 @@ class FineTuner:
                 start=start,
                 epochs_before=done,
                 progress=progress,
+                filling=filling,
             )
         except BaseException:
             # The records are good whatever became of the training, and serve the next run.

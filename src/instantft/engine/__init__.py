@@ -10,7 +10,8 @@ method adds to it, by name:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,10 +23,32 @@ from ..errors import EngineError, UsageError
 from ..methods import Method
 from ..spec import NetSpec
 
-__all__ = ["ENGINES", "Engine", "EpochStats", "Floats", "Tensors", "Trainer", "get_engine"]
+__all__ = [
+    "CALL_SECONDS",
+    "ENGINES",
+    "Engine",
+    "EpochStats",
+    "Floats",
+    "Progress",
+    "Tensors",
+    "Trainer",
+    "forward",
+    "get_engine",
+    "parts",
+]
 
 Floats = NDArray[np.float32]
 Tensors = Mapping[str, Floats]
+
+Progress = Callable[[float], None]
+"""Told now and then how much is done."""
+
+CALL_SECONDS = 0.2
+"""About how long one call of an engine may last, so that progress is shown and Ctrl-C is heard."""
+
+PART = 1024
+"""Parts are multiples of this, so that the results are those of one call: engines work in smaller blocks that divide
+it."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +139,41 @@ def _native() -> Engine:
 
 
 ENGINES: dict[str, Callable[[], Engine]] = {"native": _native, "reference": _reference}
+
+
+def parts(T: int, progress: Progress | None = None) -> Iterator[slice]:
+    """Slices of T samples, each of about CALL_SECONDS of whatever the caller does with it.
+
+    Args:
+        T: number of samples.
+        progress: told how many samples are done.
+    """
+    start, count = 0, PART
+    while start < T:
+        stop = min(T, start + count)
+        began = time.perf_counter()
+        yield slice(start, stop)
+        elapsed = time.perf_counter() - began
+        if progress is not None:
+            progress(stop)
+        count = PART * max(1, int((stop - start) * CALL_SECONDS / max(elapsed, 1e-6) / PART))
+        start = stop
+
+
+def forward(
+    engine: Engine, spec: NetSpec, tensors: Tensors, x: Floats, threads: int = 1, progress: Progress | None = None
+) -> Floats:
+    """`Engine.forward` in parts: the same logits, with memory that does not grow with T, and progress.
+
+    Args:
+        progress: told how many samples are done; the others as in `Engine.forward`.
+    """
+    if len(x) <= PART and progress is None:
+        return engine.forward(spec, tensors, x, threads)
+    logits = np.empty((len(x), spec.C), np.float32)
+    for rows in parts(len(x), progress):
+        logits[rows] = engine.forward(spec, tensors, x[rows], threads)
+    return logits
 
 
 def get_engine(name: str | None = None) -> Engine:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from ..adapters import MAX_RANK, Adapter, expected, initial
 from ..backbones.builtin import Network
 from ..cache.store import Store
-from ..engine import Engine, EpochStats, Floats, Tensors, Trainer
+from ..engine import CALL_SECONDS, Engine, EpochStats, Floats, Progress, Tensors, Trainer, parts
 from ..errors import DivergedError, UsageError
 from ..methods import Method
 from ..methods import method as row
@@ -35,14 +34,12 @@ from ..spec import NetSpec
 
 __all__ = ["FitResult", "Progress", "Seconds", "check_arguments", "fit", "pretrain"]
 
-Progress = Callable[[int], None]
-"""Told now and then how many epochs are done."""
-
-CALL_SECONDS = 0.2
-"""About how long one call of the engine may last, so that progress is shown and Ctrl-C is heard."""
-
 FIRST_CALL_SAMPLES = 10_240
 """Samples trained on in the first call, before it is known how fast they go."""
+
+LONG_EPOCH = 10_240
+"""Epochs of more samples are cut into calls of about so many, whatever their speed: the loss of an epoch is summed by
+call, and must not depend on the clock."""
 
 MAX_ORDER = 1 << 22
 """Most numbers in one order of samples handed to the engine (16 MiB)."""
@@ -136,6 +133,7 @@ def fit(
     start: Adapter | None = None,
     epochs_before: int = 0,
     progress: Progress | None = None,
+    filling: Progress | None = None,
 ) -> FitResult:
     """Fine-tune `base` on labelled samples.
 
@@ -153,7 +151,8 @@ def fit(
         numbers: (T,), the number of each sample in the store; None: 0 … T-1.
         start: the adapter to go on from; None: `adapters.initial`.
         epochs_before: epochs done in earlier calls, so that going on draws new orders.
-        progress: told how many epochs are done.
+        progress: told how many epochs are done, and of long ones which part.
+        filling: told how many samples have gone through the frozen network, while the cache is filled beforehand.
 
     Returns:
         The adapter, times, steps, and loss and accuracy by epoch.
@@ -174,7 +173,8 @@ def fit(
 
     began = time.perf_counter()
     if store is not None and store.capacity >= T:
-        engine.fill(spec, base.tensors, x, numbers, store, threads)
+        for rows in parts(T, filling):
+            engine.fill(spec, base.tensors, x[rows], numbers[rows], store, threads)
     filled = time.perf_counter()
 
     added = initial(m, spec, rank, seed) if start is None else start.tensors
@@ -273,6 +273,10 @@ def _epochs(
 ) -> EpochStats:
     """Lines 3 and 4: all epochs, in as few calls as let progress be shown and Ctrl-C be heard."""
     loss, correct = np.empty(epochs), np.empty(epochs, np.int64)
+    if T > LONG_EPOCH:
+        for e in range(epochs):
+            loss[e], correct[e] = _long_epoch(trainer, T, e, batch_size, lr, _orders(rng, 1, T), progress)
+        return EpochStats(loss, correct)
     done = 0
     count = max(1, FIRST_CALL_SAMPLES // T)
     while done < epochs:
@@ -288,6 +292,24 @@ def _epochs(
             progress(done)
         count = max(1, int(count * CALL_SECONDS / max(elapsed, 1e-6)))
     return EpochStats(loss, correct)
+
+
+def _long_epoch(
+    trainer: Trainer, T: int, done: int, B: int, lr: float, order: NDArray[np.int32], progress: Progress | None
+) -> tuple[float, int]:
+    """One epoch in several calls, cut between batches: mean loss, and how many samples were classified correctly."""
+    size = max(1, LONG_EPOCH // B) * B
+    loss, correct = 0.0, 0
+    for start in range(0, T, size):
+        part = np.ascontiguousarray(order[:, start : start + size])
+        stats = trainer.epochs(part)
+        if stats.diverged_at is not None:
+            raise DivergedError(done * math.ceil(T / B) + start // B + stats.diverged_at, lr)
+        n = part.shape[1]
+        loss, correct = loss + float(stats.loss[0]) * n, correct + int(stats.correct[0])
+        if progress is not None:
+            progress(done + 1 if start + n == T else done + (start + n) / T)
+    return loss / T, correct
 
 
 def _rng(seed: int, epochs_before: int) -> np.random.Generator:
