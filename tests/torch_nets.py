@@ -1,7 +1,8 @@
 """The same networks in PyTorch, so that autograd can be asked: from a `NetSpec` and a dictionary of tensors.
 
 Functional: `forward` takes the tensors by name, as the engines do, and every one that requires a gradient gets it.
-It is also what the benchmarks measure against, so it uses torch's own convolutions and linear maps.
+Linear maps and convolutions are torch's own. It is for correctness alone: what times are compared with is
+benchmarks/rivals.py.
 """
 
 from __future__ import annotations

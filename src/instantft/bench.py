@@ -176,13 +176,24 @@ def _torch(torch: Any, base: Network, m: Method, cached: bool, x: Floats, y: Lab
     """The same training as a user of PyTorch would write it."""
     F = torch.nn.functional
     spec, names = base.spec, list(trainable(m, base.spec, s.rank))
-    pairs = connections(m, spec.L)
+    pairs, trained = connections(m, spec.L), m.norms == "train"
 
     def adapter(p: dict[str, Any], i: int, j: int, tap: Any) -> Any:
         return tap @ p[f"lora.{i}-{j}.A"] @ p[f"lora.{i}-{j}.B"]
 
-    def frozen(p: dict[str, Any], v: Any) -> list[Any]:
-        """x^0 … x^{L-1} and c, flat."""
+    def norm(p: dict[str, Any], n: str, z: Any, training: bool) -> Any:
+        mean, var, gamma, beta = (p[n + name] for name in ("running_mean", "running_var", "weight", "bias"))
+        if training and z.numel() == z.shape[1]:
+            # One value a channel, as in a last batch of one sample: PyTorch refuses it. The engines' definition is
+            # variance 0, so that beta is all that is left.
+            with torch.no_grad():
+                mean.lerp_(z.flatten(), 0.1)
+                var.mul_(0.9)
+            return (z - z.detach()) * 0 + beta.view_as(z)
+        return F.batch_norm(z, mean, var, gamma, beta, training)
+
+    def network(p: dict[str, Any], v: Any, training: bool) -> list[Any]:
+        """x^0 … x^{L-1} and c, flat; batch norm by the batch where `training`, else by its running statistics."""
         taps = []
         for k, (layer, g) in enumerate(zip(spec.layers, spec.geometry, strict=True)):
             v = v.flatten(1)
@@ -196,10 +207,7 @@ def _torch(torch: Any, base: Network, m: Method, cached: bool, x: Floats, y: Lab
             if (k, k + 1) in pairs and k + 1 < spec.L:
                 z = z + adapter(p, k, k + 1, v).view_as(z)
             if layer.batch_norm:
-                n = f"layers.{k}.bn."
-                z = F.batch_norm(
-                    z, p[n + "running_mean"], p[n + "running_var"], p[n + "weight"], p[n + "bias"], m.norms == "train"
-                )
+                z = norm(p, f"layers.{k}.bn.", z, training)
             z = F.relu(z) if layer.relu else z
             v = F.max_pool2d(z, layer.pool) if layer.pool > 1 else z
         return [*taps, v]
@@ -225,19 +233,20 @@ def _torch(torch: Any, base: Network, m: Method, cached: bool, x: Floats, y: Lab
         record: list[Any] = []
         if cached:
             with torch.no_grad():
-                parts = [frozen(p, part) for part in samples.split(256)]
+                parts = [network(p, part, False) for part in samples.split(256)]
                 record = [torch.cat(segment) for segment in zip(*parts, strict=True)]
         filled = time.perf_counter()
         for _ in range(s.epochs):
             for rows in torch.randperm(len(x), generator=generator).split(s.batch_size):
-                batch = [segment[rows] for segment in record] if cached else frozen(p, samples[rows])
-                loss = F.cross_entropy(output(p, batch), labels[rows])
+                rows_of = [segment[rows] for segment in record] if cached else network(p, samples[rows], trained)
+                loss = F.cross_entropy(output(p, rows_of), labels[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
         done = time.perf_counter()
         with torch.no_grad():
-            right = (output(p, frozen(p, samples)).argmax(1) == labels).float().mean()
+            logits = torch.cat([output(p, network(p, part, False)) for part in samples.split(256)])
+            right = (logits.argmax(1) == labels).float().mean()
         torch.set_num_threads(threads)
         return done - began, filled - began if cached else 0.0, float(right)
 
