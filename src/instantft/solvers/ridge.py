@@ -52,6 +52,9 @@ BLOCKS = 32
 CHUNK = 1024
 """Samples that the primal sees at a time."""
 
+HARMLESS = 0.01
+"""Share of λ by which rounding may move an eigenvalue before float64 takes over."""
+
 MAX_SYSTEM = 20_000
 """Largest system that is factorised, in rows: 3.2 GB in float64."""
 
@@ -153,25 +156,27 @@ class Records:
         for start in range(0, len(self), CHUNK):
             yield slice(start, min(start + CHUNK, len(self)))
 
-    def gram(self, weights: Sequence[float]) -> Doubles:
-        """K = Σ_k w_k·X_k·X_kᵀ (T, T), the products in float32.
+    def gram(self, weights: Sequence[float], dtype: type[np.float32] | type[np.float64]) -> Array:
+        """K = Σ_k w_k·X_k·X_kᵀ (T, T), computed in `dtype`.
 
         Neighbouring taps of one weight are one product: the zeros between them add nothing.
         """
         self.keep()
         assert self._rows is not None
-        K = np.zeros((len(self), len(self)))
-        if weights[0]:
-            K += np.float64(weights[0]) * (self._x @ self._x.T)
-        k = 1
-        while k < len(weights):
-            last = k
-            while last + 1 < len(weights) and weights[last + 1] == weights[k]:
-                last += 1
-            if weights[k]:
-                block = self._rows[:, self._places[k - 1][0] : self._places[last - 1][1]]
-                K += np.float64(weights[k]) * (block @ block.T)
-            k = last + 1
+        parts = [(weights[0], self._x)] if weights[0] else []
+        behind = itertools.groupby(range(1, len(weights)), key=lambda k: weights[k])
+        for weight, run in behind:
+            taps = list(run)
+            if weight:
+                columns = slice(self._places[taps[0] - 1][0], self._places[taps[-1] - 1][1])
+                parts.append((weight, self._rows[:, columns]))
+        K = np.zeros((0, 0), dtype)
+        for weight, part in parts:
+            X = part.astype(dtype, copy=False)
+            product = X @ X.T
+            if weight != 1:
+                product *= dtype(weight)
+            K = K + product if K.size else product
         return K
 
     def _read(self, which: slice | Rows) -> Floats:
@@ -250,7 +255,7 @@ def fit_ridge(
 
     choice = _choose(records, y, groups, seed, taps)
     Y = np.eye(spec.C)[y]
-    fitted = (_dual if dual else _primal)(records, Y, choice, groups, seed)
+    fitted = _dual(records, Y, choice, groups) if dual else _primal(records, Y, choice, groups, seed)
     beta = fit_temperature(fitted.scores, y[fitted.rows])
     tensors = _tensors(spec, fitted, float(beta), rank)
     config = {
@@ -353,14 +358,20 @@ class _Fitted:
     rows: Rows
 
 
-def _dual(records: Records, Y: Doubles, choice: selection.Choice, groups: Array | None, seed: int) -> _Fitted:
-    G = records.gram(choice.weights)
+def _precision(error: float, lam: float) -> type[np.float32] | type[np.float64]:
+    """float32 where rounding of this relative size moves no eigenvalue of the system by much beside λ, else float64."""
+    return np.float32 if error * float(np.finfo(np.float32).eps) <= HARMLESS * lam else np.float64
+
+
+def _dual(records: Records, Y: Doubles, choice: selection.Choice, groups: Array | None) -> _Fitted:
+    dtype = _precision(len(Y), choice.lam)  # the largest eigenvalue of K + 1 is about T at most
+    G = records.gram(choice.weights, dtype)
     scale = selection.common_scale(np.diagonal(G))
-    G *= scale * scale
-    G += 1.0
-    G[np.diag_indices_from(G)] += choice.lam
+    G *= dtype(scale * scale)
+    G += dtype(1)
+    G[np.diag_indices_from(G)] += dtype(choice.lam)
     factor = Factor(G)
-    alpha = factor.solve(Y)
+    alpha = factor.solve(Y.astype(dtype))
     residuals = factor.left_out(alpha, None if groups is None else blocks_of(groups))
     small = alpha.astype(np.float32)
     parts = records.taps(slice(0, len(records)))
@@ -369,47 +380,48 @@ def _dual(records: Records, Y: Doubles, choice: selection.Choice, groups: Array 
         for k, w in enumerate(choice.weights)
         if w > 0
     }
-    return _Fitted(W, alpha.sum(axis=0), scale, Y - residuals, np.arange(len(Y)))
+    bias = alpha.sum(axis=0, dtype=np.float64)
+    return _Fitted(W, bias, scale, np.asarray(Y - residuals), np.arange(len(Y)))
 
 
 def _primal(records: Records, Y: Doubles, choice: selection.Choice, groups: Array | None, seed: int) -> _Fitted:
     used = [k for k, w in enumerate(choice.weights) if w > 0]
     widths = [records.spec.tap_widths[k] for k in used]
     roots = np.repeat([np.sqrt(choice.weights[k]) for k in used], widths)
-    D, norms = sum(widths), 0.0
+    T, D, norms = len(records), sum(widths), 0.0
+    dtype = _precision(np.sqrt(T * min(T, CHUNK)), choice.lam)  # float32 only within a chunk, float64 between them
     A, R = np.zeros((D + 1, D + 1)), np.zeros((D + 1, Y.shape[1]))
 
-    def features(which: slice | Rows) -> Doubles:
+    def features(which: slice | Rows, dtype: type[np.float32] | type[np.float64]) -> Array:
         parts = records.taps(which)
-        Z = np.ones((len(parts[0]), D + 1))
+        Z = np.ones((len(parts[0]), D + 1), dtype)
         np.concatenate([parts[k] for k in used], axis=1, out=Z[:, :D])
-        Z[:, :D] *= roots
+        Z[:, :D] *= roots.astype(dtype)
         return Z
 
     for rows in records.chunks():
-        Z = features(rows)
+        Z = features(rows, dtype)
         norms += float(np.sqrt(np.einsum("ij,ij->i", Z[:, :D], Z[:, :D])).sum())
         A += Z.T @ Z
-        R += Z.T @ Y[rows]
-    scale = len(records) / norms if norms > 0 else 1.0
+        R += Z.T @ Y[rows].astype(dtype)
+    scale = T / norms if norms > 0 else 1.0
     stretch = np.append(np.full(D, scale), 1.0)
     A *= stretch[:, None] * stretch
     R *= stretch[:, None]
     A[np.diag_indices_from(A)] += choice.lam
     V = inverse_factor(A)
     W = V.T @ (V @ R)
-    scored = _scored(len(records), groups, seed)
+    scored = _scored(T, groups, seed)
     scores = np.empty((len(scored), Y.shape[1]))
     for start, stop in _whole_blocks(scored, groups):
         some = scored[start:stop]
-        Z = features(some) * stretch
+        Z = features(some, np.float64) * stretch
         e = primal_left_out(Z, Y[some] - Z @ W, V, None if groups is None else blocks_of(groups[some]))
         scores[start:stop] = Y[some] - e
     W[:D] *= (scale * roots)[:, None]
     cuts = np.cumsum([0, *widths])
-    return _Fitted(
-        {k: W[a:b] for k, (a, b) in zip(used, itertools.pairwise(cuts), strict=True)}, W[D], scale, scores, scored
-    )
+    parts = {k: W[a:b] for k, (a, b) in zip(used, itertools.pairwise(cuts), strict=True)}
+    return _Fitted(parts, W[D], scale, scores, scored)
 
 
 def _scored(T: int, groups: Array | None, seed: int) -> Rows:
