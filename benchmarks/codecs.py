@@ -33,9 +33,9 @@ def made_up(record: RecordSpec, T: int) -> Floats:
     return rows
 
 
-def real(engine: Engine, images: int, epochs: int, T: int) -> Floats:
+def real(engine: Engine, images: int, epochs: int, T: int, quick: bool = False) -> Floats:
     """(T, width): records of turned images in a network trained on upright ones."""
-    data, spec = load("fashion_mnist.npz"), lenet5((1, 28, 28))
+    data, spec = load("fashion_mnist.npz", quick), lenet5((1, 28, 28))
     x = scaled(data["train_x"][:images].reshape(images, -1))
     base, _ = sgd.pretrain(engine, spec, x, data["train_y"][:images].astype(np.int32), epochs=epochs, lr=0.1)
     turned = rotate(scaled(data["test_x"][:T]), 75)
@@ -78,7 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     T = 100 if args.quick else 1024
     record = lenet5((1, 28, 28)).record
-    taps = real(get_engine(args.engine), 500 if args.quick else 60_000, 1 if args.quick else 3, T)
+    taps = real(get_engine(args.engine), 500 if args.quick else 60_000, 1 if args.quick else 3, T, args.quick)
     normal = made_up(record, T)
     result = {
         name: {

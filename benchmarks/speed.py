@@ -1,7 +1,7 @@
 """Time of every method against PyTorch eager, and the other figures that the README states: one thread, real data.
 
     python -m benchmarks.speed --json build/speed.json        a few minutes
-    python -m benchmarks.speed --quick                        does it run?
+    python -m benchmarks.speed --quick                        does it run? (without the data folder too)
 
 Everything is measured in one process and in turn (A B C A B C …, medians): instantft on this machine's best
 instruction set, on each narrower one, and PyTorch.
@@ -82,8 +82,7 @@ class Work:
         return E * -(-len(self.x) // BATCH)
 
 
-def _images(name: str, degrees: float, T: int, seed: int) -> tuple[Floats, NDArray[np.int32]]:
-    data = load(name)
+def _images(data: dict[str, NDArray[Any]], degrees: float, T: int, seed: int) -> tuple[Floats, NDArray[np.int32]]:
     rows = np.random.default_rng(seed).choice(len(data["test_x"]), T, replace=False)
     x = rotate(scaled(data["test_x"][rows]), degrees)
     return np.ascontiguousarray(x.reshape(T, -1), dtype=np.float32), data["test_y"][rows].astype(np.int32)
@@ -92,7 +91,7 @@ def _images(name: str, degrees: float, T: int, seed: int) -> tuple[Floats, NDArr
 def works(engine: Engine, quick: bool) -> list[Work]:
     """LeNet-5 on Fashion-MNIST turned by 75°, and the DNN on the fan; a little pre-training will do for times."""
     few = 200 if quick else 6000
-    fashion, fan = load("fashion_mnist.npz"), load("fan_damage1.npz")
+    fashion, fan = load("fashion_mnist.npz", quick), load("fan_damage1.npz", quick)
     x = scaled(fashion["train_x"][:few].reshape(few, -1))
     cnn, _ = sgd.pretrain(
         engine, lenet5((1, 28, 28)), x, fashion["train_y"][:few].astype(np.int32),
@@ -102,7 +101,7 @@ def works(engine: Engine, quick: bool) -> list[Work]:
         engine, dnn(256, 3), fan["pretrain_x"], fan["pretrain_y"].astype(np.int32),
         epochs=1 if quick else 20, batch_size=BATCH, lr=0.02, momentum=0.0, seed=0,
     )  # fmt: skip
-    xf, yf = _images("fashion_mnist.npz", 75, 100 if quick else 1024, 0)
+    xf, yf = _images(fashion, 75, 100 if quick else 1024, 0)
     fan_x = np.ascontiguousarray(fan["finetune_x"], np.float32)
     fan_y = fan["finetune_y"].astype(np.int32)
     E, E_own, E_cached = ((2, 2), (2, 3), (2, 4)) if quick else ((10, 20), (10, 300), (10, 200))

@@ -41,8 +41,8 @@ SHARES = (0, 25, 50, 75, 100)
 class Bench:
     """One network and one set of samples, adapted in several ways."""
 
-    def __init__(self, engine: Engine, T: int, E: int) -> None:
-        data = load("mnist.npz")
+    def __init__(self, engine: Engine, T: int, E: int, quick: bool = False) -> None:
+        data = load("mnist.npz", quick)
         rows = np.random.default_rng(0).choice(len(data["test_x"]), T, replace=False)
         turned = rotate(scaled(data["test_x"][rows]), 90)
         self.engine, self.T, self.E = engine, T, E
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=("native", "reference"), default="native")
     args = parser.parse_args()
     threads = tuple(args.threads)
-    bench = Bench(get_engine(args.engine), 100 if args.quick else 1024, 2 if args.quick else 10)
+    bench = Bench(get_engine(args.engine), 100 if args.quick else 1024, 2 if args.quick else 10, args.quick)
     result = measure(bench, 1 if args.quick else args.repeats, threads)
     print(report(result, bench, threads))
     save_json(args.json, {"machine": machine(), "samples": bench.T, "epochs": bench.E, **result})

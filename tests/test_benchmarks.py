@@ -5,6 +5,12 @@ A comparison of times means nothing otherwise.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -17,7 +23,7 @@ from .nets import NETS, samples_for, tensors_for
 
 pytest.importorskip("torch", reason="PyTorch is an extra: pip install 'instantft[torch]'")
 
-from benchmarks.common import orders, run_flops
+from benchmarks.common import ROOT, load, orders, run_flops
 from benchmarks.rivals import Rival
 
 Floats = NDArray[np.float32]
@@ -119,3 +125,28 @@ def test_ratio_of_operations() -> None:
     assert lora_all == 1024 * 10 * (923_450 + 743_388)
     assert skip2 == 1024 * (850_794 + 10 * (20_912 + 21_312))
     assert round(lora_all / skip2, 1) == 13.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["speed", "codecs", "threads_cache"])
+def test_quick_runs_need_no_data(name: str, tmp_path: Path) -> None:
+    """They say so, and are written down as any other run."""
+    pytest.importorskip("instantft._core")
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json", str(tmp_path / "result.json")],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "INSTANTFT_DATA": str(tmp_path / "nowhere"),
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Random numbers stand in for" in done.stdout
+    assert "|" in done.stdout
+    assert json.loads((tmp_path / "result.json").read_text())
+    with pytest.raises(SystemExit, match="set INSTANTFT_DATA"):
+        load("no such file", quick=True)
