@@ -188,8 +188,11 @@ def _spread(n: int, threads: int, work: Callable[[int, int], None]) -> None:
         work(0, n)
         return
     cuts = [pad(n * i // parts) for i in range(parts)] + [n]
-    with ThreadPoolExecutor(parts) as pool:
-        for done in [pool.submit(work, a, b) for a, b in pairwise(cuts) if b > a]:
+    first, *others = [(a, b) for a, b in pairwise(cuts) if b > a]
+    with ThreadPoolExecutor(parts - 1) as pool:
+        waiting = [pool.submit(work, a, b) for a, b in others]
+        work(*first)  # this thread has a core already
+        for done in waiting:
             done.result()
 
 

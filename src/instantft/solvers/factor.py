@@ -40,7 +40,7 @@ LEAF = 32
 FIRST_JITTER, LAST_JITTER = 1e-12, 1e-4
 """Shares of the mean diagonal that are tried where rounding has made a matrix indefinite."""
 
-LEVERAGE_MARGIN = 1e-10
+LEVERAGE_MARGIN = 1e-12
 """Least 1 − h: a sample that fixes its own prediction completely keeps a finite left-out residual."""
 
 
