@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -520,40 +522,37 @@ def test_unexpected_errors_are_1(here: Path) -> None:
 
 
 def test_progress_bar_only_on_a_terminal_and_only_after_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shown(after: float) -> bytes:
-        monkeypatch.setattr(cli, "BAR_AFTER", after)
-        ours, theirs = pty.openpty()
-        with os.fdopen(theirs, "w") as terminal:
-            monkeypatch.setattr(sys, "stderr", terminal)
-            with cli._Bar("work", 3) as bar:
-                for done in (1, 2, 3):
-                    bar.update(done)
-            terminal.write("end")
-            terminal.flush()
-            text = os.read(ours, 10_000)
-        os.close(ours)
-        monkeypatch.undo()
-        return text
+    def work() -> None:
+        with cli._Bar("work", 3) as bar:
+            for done in (1, 2, 3):
+                bar.update(done)
 
-    assert shown(after=60.0) == b"end"
-    assert b"work" in shown(after=0.0)
+    assert on_a_terminal(monkeypatch, work, after=60.0) == ""
+    assert "work" in on_a_terminal(monkeypatch, work)
     with cli._Bar("work", 3) as bar:
         bar.update(1)
         assert bar._bar is None
 
 
-def on_a_terminal(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -> str:
-    """What `work` shows on stderr, if that is a terminal and bars do not wait."""
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any], after: float = 0.0) -> str:
+    """What `work` shows on stderr, if that is a terminal and bars show themselves `after` so many seconds."""
     ours, theirs = pty.openpty()
+    read: list[bytes] = []
+
+    def reader() -> None:  # all the while, or a full terminal would make the work wait
+        with contextlib.suppress(OSError):  # which is how a terminal says that it was closed
+            while data := os.read(ours, 1 << 16):
+                read.append(data)
+
+    thread = threading.Thread(target=reader)
+    thread.start()
     with monkeypatch.context() as m, os.fdopen(theirs, "w") as terminal:
-        m.setattr(cli, "BAR_AFTER", 0.0)
+        m.setattr(cli, "BAR_AFTER", after)
         m.setattr(sys, "stderr", terminal)
         work()
-        terminal.write("end")
-        terminal.flush()
-        text = os.read(ours, 1 << 16)
+    thread.join()
     os.close(ours)
-    return text.decode()
+    return b"".join(read).decode()
 
 
 def test_a_bar_shows_itself_while_one_long_call_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
