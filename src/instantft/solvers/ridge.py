@@ -6,10 +6,10 @@
 in the dual where T < D,   (K + 1 + λI)·α = Y,  K = s²·Σ_k w_k·X_k·X_kᵀ,  W_k = s²·w_k·X_kᵀ·α,  bias = Σ_i α_i
 in the primal otherwise,   (ZᵀZ + λI)·W = ZᵀY, streamed over chunks of samples
 
-s makes the mean norm of a record 1. λ and the weights w of the taps (`taps.choose`) are found on a few hundred samples
-by exact leave-one-out; the temperature β (`calibration`) on the left-out scores of all. What comes out is an adapter of
-the general form y = gain·c + Σ x^k·A_k·B_k + bias, with gain 0, A_k = β·W_k and B_k = I, so that evaluation, prediction
-and export have no second path.
+s makes the mean norm of a record 1; records beyond three median norms are shrunk (`taps.system`). λ and the weights w of
+the taps (`taps.choose`) are found on a few hundred samples by exact leave-one-out; the temperature β (`calibration`) on
+the left-out scores of all. What comes out is an adapter of the general form y = gain·c + Σ x^k·A_k·B_k + bias, with
+gain 0, A_k = β·W_k and B_k = I, so that evaluation, prediction and export have no second path.
 
 This file says what is solved; `factor` and `taps` say how. T samples, L taps, N_k their widths, D = ΣN_k, C outputs.
 """
@@ -54,6 +54,8 @@ CHUNK = 1024
 
 HARMLESS = 0.01
 """Share of λ by which rounding may move an eigenvalue before float64 takes over."""
+
+TOO_LARGE = "records must be finite and small enough to be squared, not NaN, Inf or above about 1e18"
 
 MAX_SYSTEM = 20_000
 """Largest system that is factorised, in rows: 3.2 GB in float64."""
@@ -276,7 +278,7 @@ def fit_ridge(
         Seconds(filled - began, done - filled),
         choice.lam,
         choice.weights,
-        fitted.scale,
+        choice.scale,
         beta,
         "dual" if dual else "primal",
         scores,
@@ -309,9 +311,10 @@ def _choose(
         rows, blocks = subset(T, n, seed)
         if groups is not None:
             blocks = blocks_of(groups[rows])
-        grams = [np.asarray(part @ part.T, np.float64) for part in records.taps(rows)]
+        with np.errstate(over="ignore", invalid="ignore"):
+            grams = [np.asarray(part @ part.T, np.float64) for part in records.taps(rows)]
         if not all(np.isfinite(K).all() for K in grams):
-            raise DataError("records must be finite and small enough to be squared, not NaN, Inf or above 1e18")
+            raise DataError(TOO_LARGE)
         return selection.Sample(grams, np.eye(C)[y[rows]], blocks)
 
     few = sample(FEW)
@@ -353,7 +356,6 @@ class _Fitted:
 
     W: dict[int, Doubles]
     bias: Doubles
-    scale: float
     scores: Doubles
     rows: Rows
 
@@ -365,49 +367,58 @@ def _precision(error: float, lam: float) -> type[np.float32] | type[np.float64]:
 
 def _dual(records: Records, Y: Doubles, choice: selection.Choice, groups: Array | None) -> _Fitted:
     dtype = _precision(len(Y), choice.lam)  # the largest eigenvalue of K + 1 is about T at most
-    G = records.gram(choice.weights, dtype)
-    scale = selection.common_scale(np.diagonal(G))
-    G *= dtype(scale * scale)
-    G += dtype(1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        G = records.gram(choice.weights, dtype)
+    squares = np.diagonal(G)
+    if not np.isfinite(squares).all():
+        raise DataError(TOO_LARGE)
+    s, c = choice.scale, selection.shrinkage(np.sqrt(np.maximum(squares, 0)), choice.limit)
+    if (c == 1).all():
+        G *= dtype(s * s)
+        G += dtype(1)
+    else:
+        G *= (s * c)[:, None].astype(dtype) * (s * c).astype(dtype)
+        G += c[:, None].astype(dtype) * c.astype(dtype)
     G[np.diag_indices_from(G)] += dtype(choice.lam)
     factor = Factor(G)
-    alpha = factor.solve(Y.astype(dtype))
+    targets = c[:, None] * Y
+    alpha = factor.solve(targets.astype(dtype))
     residuals = factor.left_out(alpha, None if groups is None else blocks_of(groups))
-    small = alpha.astype(np.float32)
+    weighted = c[:, None] * alpha
+    small = weighted.astype(np.float32)
     parts = records.taps(slice(0, len(records)))
-    W = {
-        k: np.asarray(parts[k].T @ small, np.float64) * (w * scale * scale)
-        for k, w in enumerate(choice.weights)
-        if w > 0
-    }
-    bias = alpha.sum(axis=0, dtype=np.float64)
-    return _Fitted(W, bias, scale, np.asarray(Y - residuals), np.arange(len(Y)))
+    W = {k: np.asarray(parts[k].T @ small, np.float64) * (w * s * s) for k, w in enumerate(choice.weights) if w > 0}
+    return _Fitted(W, weighted.sum(axis=0, dtype=np.float64), targets - residuals, np.arange(len(Y)))
 
 
 def _primal(records: Records, Y: Doubles, choice: selection.Choice, groups: Array | None, seed: int) -> _Fitted:
     used = [k for k, w in enumerate(choice.weights) if w > 0]
     widths = [records.spec.tap_widths[k] for k in used]
     roots = np.repeat([np.sqrt(choice.weights[k]) for k in used], widths)
-    T, D, norms = len(records), sum(widths), 0.0
+    T, D, s = len(records), sum(widths), choice.scale
     dtype = _precision(np.sqrt(T * min(T, CHUNK)), choice.lam)  # float32 only within a chunk, float64 between them
     A, R = np.zeros((D + 1, D + 1)), np.zeros((D + 1, Y.shape[1]))
 
-    def features(which: slice | Rows, dtype: type[np.float32] | type[np.float64]) -> Array:
+    def clipped(which: slice | Rows, dtype: type[np.float32] | type[np.float64]) -> tuple[Array, Array]:
+        """Z (n, D+1) and the targets that go with it."""
         parts = records.taps(which)
         Z = np.ones((len(parts[0]), D + 1), dtype)
         np.concatenate([parts[k] for k in used], axis=1, out=Z[:, :D])
         Z[:, :D] *= roots.astype(dtype)
-        return Z
+        with np.errstate(over="ignore", invalid="ignore"):
+            norms = np.sqrt(np.einsum("ij,ij->i", Z[:, :D], Z[:, :D]))
+        if not np.isfinite(norms).all():
+            raise DataError(TOO_LARGE)
+        c = selection.shrinkage(norms, choice.limit)[:, None]
+        Z[:, :D] *= dtype(s)
+        if (c < 1).any():
+            Z *= c.astype(dtype)
+        return Z, (c * Y[which]).astype(dtype)
 
     for rows in records.chunks():
-        Z = features(rows, dtype)
-        norms += float(np.sqrt(np.einsum("ij,ij->i", Z[:, :D], Z[:, :D])).sum())
+        Z, targets = clipped(rows, dtype)
         A += Z.T @ Z
-        R += Z.T @ Y[rows].astype(dtype)
-    scale = T / norms if norms > 0 else 1.0
-    stretch = np.append(np.full(D, scale), 1.0)
-    A *= stretch[:, None] * stretch
-    R *= stretch[:, None]
+        R += Z.T @ targets
     A[np.diag_indices_from(A)] += choice.lam
     V = inverse_factor(A)
     W = V.T @ (V @ R)
@@ -415,13 +426,13 @@ def _primal(records: Records, Y: Doubles, choice: selection.Choice, groups: Arra
     scores = np.empty((len(scored), Y.shape[1]))
     for start, stop in _whole_blocks(scored, groups):
         some = scored[start:stop]
-        Z = features(some, np.float64) * stretch
-        e = primal_left_out(Z, Y[some] - Z @ W, V, None if groups is None else blocks_of(groups[some]))
-        scores[start:stop] = Y[some] - e
-    W[:D] *= (scale * roots)[:, None]
+        Z, targets = clipped(some, np.float64)
+        e = primal_left_out(Z, targets - Z @ W, V, None if groups is None else blocks_of(groups[some]))
+        scores[start:stop] = targets - e
+    W[:D] *= (s * roots)[:, None]
     cuts = np.cumsum([0, *widths])
     parts = {k: W[a:b] for k, (a, b) in zip(used, itertools.pairwise(cuts), strict=True)}
-    return _Fitted(parts, W[D], scale, scores, scored)
+    return _Fitted(parts, W[D], scores, scored)
 
 
 def _scored(T: int, groups: Array | None, seed: int) -> Rows:

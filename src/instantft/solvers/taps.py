@@ -22,12 +22,13 @@ __all__ = [
     "LADDER",
     "Choice",
     "Sample",
+    "System",
     "best_lambda",
     "block_loss",
     "choose",
-    "common_scale",
     "ladder_weights",
     "left_out",
+    "shrinkage",
     "system",
     "with_weights",
 ]
@@ -54,54 +55,90 @@ LOWEST, HIGHEST = 1e-4, 1e2
 """Bounds of λ. Records have norm 1, so that below the first nothing is shrunk and above the second nothing is left."""
 
 
+CLIP = 3.0
+"""Norm, in medians, from which a record counts for less."""
+
+
 @dataclass(frozen=True)
 class Choice:
-    """λ, and the weight w_k of each tap (0: not used)."""
+    """What is solved.
+
+    Attributes:
+        lam: λ.
+        weights: w_k of each tap; 0: not used.
+        scale: s, which makes the mean norm of a record 1.
+        limit: norm, before s, from which a record is shrunk to it, with its target; infinite: never.
+    """
 
     lam: float
     weights: tuple[float, ...]
+    scale: float = 1.0
+    limit: float = np.inf
 
 
-def common_scale(squared_norms: Array) -> float:
-    """s, which makes the mean norm of the records 1; 1 where all of them are zero.
+@dataclass(frozen=True)
+class System:
+    """Records as their Gram matrix, scaled and clipped: Z·Zᵀ of Z = diag(c)·[s·x | 1] with targets diag(c)·Y.
 
-    Args:
-        squared_norms: (n,), the diagonal of K.
+    Attributes:
+        K: (n, n).
+        c: (n,), 1 but for records beyond the limit.
+        scale, limit: as in `Choice`.
     """
-    mean = float(np.sqrt(np.maximum(squared_norms, 0)).mean())
-    return 1.0 / mean if mean > 0 else 1.0
+
+    K: Doubles
+    c: Doubles
+    scale: float
+    limit: float
 
 
-def system(grams: Sequence[Doubles], weights: Sequence[float]) -> Doubles:
-    """s²·Σ w_k·K_k + 1, the Gram matrix of scaled features with the bias feature, (n, n)."""
+def shrinkage(norms: Array, limit: float) -> Doubles:
+    """c (n,): what records of these norms are multiplied by so that none is beyond the limit."""
+    return np.asarray(np.minimum(1.0, limit / np.maximum(norms, 1e-300)), np.float64)
+
+
+def system(grams: Sequence[Doubles], weights: Sequence[float]) -> System:
+    """The system of a weighted set of taps, K = Σ w_k·K_k before scaling.
+
+    A heavy-tailed sensor yields now and then a record that outweighs all others together. Beyond CLIP medians a
+    record and its target are shrunk alike, which is weighted least squares: still exact, and what is fitted is still
+    linear in the record.
+    """
     K = np.zeros_like(grams[0])
     for w, part in zip(weights, grams, strict=True):
         if w:
             K += w * part
-    s = common_scale(np.diagonal(K))
-    K *= s * s
-    K += 1.0
-    return K
+    norms = np.sqrt(np.maximum(np.diagonal(K), 0))
+    median = float(np.median(norms))
+    limit = CLIP * median if median > 0 else np.inf
+    c = shrinkage(norms, limit)
+    mean = float((c * norms).mean())
+    scale = 1.0 / mean if mean > 0 else 1.0
+    K *= (scale * c)[:, None] * (scale * c)
+    K += c[:, None] * c
+    return System(K, c, scale, limit)
 
 
-def left_out(K: Doubles, Y: Doubles, lam: float, blocks: Sequence[Rows] | None = None) -> Doubles:
-    """Residuals (n, C) of samples left out, alone or in blocks, at λ."""
-    factor = Factor(K + lam * np.eye(len(K)))
-    return np.asarray(factor.left_out(factor.solve(Y), blocks))
+def left_out(system: System, Y: Doubles, lam: float, blocks: Sequence[Rows] | None = None) -> Doubles:
+    """Residuals (n, C) of samples left out, alone or in blocks, at λ; those of a clipped record are clipped with it."""
+    G = system.K.copy()
+    G[np.diag_indices_from(G)] += lam
+    factor = Factor(G)
+    return np.asarray(factor.left_out(factor.solve(system.c[:, None] * Y), blocks))
 
 
-def best_lambda(K: Doubles, Y: Doubles, start: float = START) -> tuple[float, float]:
+def best_lambda(system: System, Y: Doubles, start: float = START) -> tuple[float, float]:
     """λ of the smallest leave-one-out squared error, and that error (mean over samples, sum over outputs).
 
     Downhill in steps of √10 from `start`, then the lowest point of the parabola through the last three.
     """
-    if len(K) < 2:
-        return start, float((Y * Y).sum() / max(len(K), 1))
+    if len(Y) < 2:
+        return start, float((Y * Y).sum() / max(len(Y), 1))
     seen: dict[int, float] = {}
 
     def error(i: int) -> float:
         if i not in seen:
-            e = left_out(K, Y, start * 10.0 ** (STEP * i))
+            e = left_out(system, Y, start * 10.0 ** (STEP * i))
             seen[i] = float((e * e).sum() / len(e))
         return seen[i]
 
@@ -123,8 +160,9 @@ def best_lambda(K: Doubles, Y: Doubles, start: float = START) -> tuple[float, fl
 
 def with_weights(grams: Sequence[Doubles], Y: Doubles, weights: Sequence[float]) -> Choice:
     """λ for weights that are given."""
-    lam, _ = best_lambda(system(grams, weights), Y)
-    return Choice(lam, tuple(float(w) for w in weights))
+    made = system(grams, weights)
+    lam, _ = best_lambda(made, Y)
+    return Choice(lam, tuple(float(w) for w in weights), made.scale, made.limit)
 
 
 @dataclass(frozen=True)
@@ -166,13 +204,15 @@ def choose(few: Sample, many: Callable[[], Sample] | None = None) -> Choice:
             few = many()
             tried = {w: (lam, block_loss(few, w, lam)) for w, (lam, _) in tried.items()}
     last = _no_worse({w: loss for w, (_, loss) in tried.items()}, few.blocks, MARGIN)[-1]
-    return Choice(tried[last][0], last)
+    made = system(few.grams, last)
+    return Choice(tried[last][0], last, made.scale, made.limit)
 
 
 def block_loss(sample: Sample, weights: Sequence[float], lam: float) -> Doubles:
     """(n,): log loss of every sample, left out with its block, at the best temperature."""
     y = sample.Y.argmax(axis=1)
-    scores = sample.Y - left_out(system(sample.grams, weights), sample.Y, lam, sample.blocks)
+    made = system(sample.grams, weights)
+    scores = made.c[:, None] * sample.Y - left_out(made, sample.Y, lam, sample.blocks)
     return np.asarray(log_loss(float(fit_temperature(scores, y)) * scores, y))
 
 

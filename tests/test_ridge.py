@@ -1,0 +1,343 @@
+"""Closed-form fine-tuning: against NumPy on the engine's records, against fitting again, and on data that is hard."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from instantft.adapters import Adapter
+from instantft.backbones.builtin import Network
+from instantft.cache.store import memory_store
+from instantft.engine import Engine, get_engine
+from instantft.errors import DataError, UsageError
+from instantft.methods import METHODS, Method
+from instantft.solvers import ridge, taps
+from instantft.solvers.calibration import softmax
+from instantft.solvers.ridge import METHOD, Records, RidgeResult, fit_ridge
+from instantft.spec import NetSpec, dnn, lenet5
+from tests import samples
+from tests.nets import NETS, samples_for, tensors_for
+
+SAME = 1e-4
+"""Relative to the largest logit: float32 adapters and forward passes against float64."""
+
+EXACT = 1e-6
+"""Relative: float64 systems of condition up to 1e6."""
+
+
+@pytest.fixture(autouse=True)
+def _row(monkeypatch: pytest.MonkeyPatch) -> None:
+    if METHOD not in METHODS:
+        monkeypatch.setitem(METHODS, METHOD, Method(METHOD, "Skip-Ridge", adapters="skip", cached=True))
+
+
+def network(spec: NetSpec) -> Network:
+    return Network(spec, tensors_for(spec))
+
+
+def predicted(engine: Engine, base: Network, result: RidgeResult, x: np.ndarray) -> np.ndarray:
+    return engine.forward(base.spec, {**base.tensors, **result.adapter.tensors}, x)
+
+
+def features(engine: Engine, base: Network, x: np.ndarray, result: RidgeResult) -> np.ndarray:
+    """Z of ridge.py's header, (T, D+1) float64, without its zero columns' help."""
+    rows = engine.records(base.spec, base.tensors, x)
+    parts = [x, *(rows[:, s.offset : s.offset + s.size] for s in base.spec.record.segments[:-1])]
+    parts = [np.sqrt(w) * result.scale * p.astype(np.float64) for w, p in zip(result.weights, parts, strict=True)]
+    return np.concatenate([*parts, np.ones((len(x), 1))], axis=1)
+
+
+def close(a: np.ndarray, b: np.ndarray, tolerance: float) -> None:
+    assert np.abs(a - b).max() <= tolerance * max(float(np.abs(b).max()), 1e-6)
+
+
+@pytest.mark.parametrize("net", ["dnn", "odd"])
+@pytest.mark.parametrize("chosen", ["auto", "all", (0,), (0, 2)])
+def test_adapter_is_what_the_equations_say(engine: Engine, net: str, chosen: str | tuple[int, ...]) -> None:
+    base = network(NETS[net])
+    T, C = 40, base.spec.C
+    x, y = samples_for(base.spec, T)
+    result = fit_ridge(engine, base, x, y, taps=chosen)  # type: ignore[arg-type]
+    Z, Y = features(engine, base, x, result), np.eye(C)[y]
+    W = np.linalg.solve(Z.T @ Z + result.lam * np.eye(Z.shape[1]), Z.T @ Y)
+    new, _ = samples_for(base.spec, 20, seed=1)
+    expected = float(result.temperature) * features(engine, base, new, result) @ W
+    close(predicted(engine, base, result, new), expected, SAME)
+    assert result.adapter.tensors["output.gain"] == 0
+    assert result.taps == tuple(k for k, w in enumerate(result.weights) if w)
+
+
+@pytest.mark.parametrize("T", [12, 90])  # dual, primal
+@pytest.mark.parametrize("grouped", [False, True])
+def test_left_out_scores_are_those_of_fitting_again(T: int, grouped: bool) -> None:
+    engine = get_engine("reference")
+    base = samples.base(dnn(10, 3, 8))
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(T, 10)).astype(np.float32), rng.integers(0, 3, T).astype(np.int32)
+    groups = rng.integers(0, 6, T) if grouped else None
+    result = fit_ridge(engine, base, x, y, groups=groups)
+    assert result.space == ("dual" if T <= 26 else "primal")
+    Z, Y = features(engine, base, x, result), np.eye(3)[y]
+    labels = np.arange(T) if groups is None else groups
+    expected = np.empty((T, 3))
+    for label in set(labels.tolist()):
+        out = labels == label
+        W = np.linalg.solve(Z[~out].T @ Z[~out] + result.lam * np.eye(Z.shape[1]), Z[~out].T @ Y[~out])
+        expected[out] = Z[out] @ W
+    close(result.loo_scores, float(result.temperature) * expected[result.loo_rows], SAME)
+    assert sorted(result.loo_rows.tolist()) == list(range(T))
+    assert result.loo_accuracy == pytest.approx((expected.argmax(axis=1) == y).mean())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_dual_and_primal_agree(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = get_engine("reference")
+    base = network(NETS["dnn"])
+    monkeypatch.setattr(ridge, "_precision", lambda error, lam: dtype)
+    monkeypatch.setattr(ridge, "CHUNK", 17)
+    x, y = samples_for(base.spec, 60)
+    records = Records(engine, base, x, np.arange(60), None)
+    x[3] *= 20
+    choice, groups = taps.Choice(0.05, (1.0, 0.3, 0.1), 0.05, 60.0), np.arange(60) // 4
+    a = ridge._dual(records, np.eye(3)[y], choice, groups)
+    b = ridge._primal(records, np.eye(3)[y], choice, groups, 0)
+    tolerance = EXACT if dtype is np.float64 else 1e-3
+    close(a.bias, b.bias, max(tolerance, 1e-5))
+    close(a.scores[np.argsort(a.rows)], b.scores[np.argsort(b.rows)], max(tolerance, 1e-5))
+    for k, W in a.W.items():
+        close(W, b.W[k], max(tolerance, 1e-5))
+
+
+def test_separable_samples_are_learnt() -> None:
+    engine = get_engine()
+    base = samples.base()
+    x, y = samples.blobs(200)
+    new, labels = samples.blobs(200, seed=1)
+    result = fit_ridge(engine, base, x, y)
+    assert (predicted(engine, base, result, new).argmax(axis=1) == labels).mean() > 0.95
+    assert result.loo_accuracy > 0.95
+    assert result.calibration_error < 0.1
+    p = softmax(predicted(engine, base, result, new))
+    assert np.abs(p.max(axis=1).mean() - (p.argmax(axis=1) == labels).mean()) < 0.05
+
+
+@pytest.mark.parametrize("codec", ["fp32", "relu4", "nf4"])
+def test_the_store_is_filled_and_used(engine: Engine, codec: str) -> None:
+    base = network(NETS["lenet5"])
+    x, y = samples_for(base.spec, 30)
+    store = memory_store(codec, base.spec.record, 30)
+    first = fit_ridge(engine, base, x, y, store=store)
+    assert store.held(np.arange(30)).all()
+    assert store.misses == 30
+    decoded = Records(engine, base, x, np.arange(30), store).taps(slice(0, 30))
+    assert np.array_equal(decoded[1], store.read(np.arange(30))[:, :1176])
+    again = fit_ridge(engine, base, x, y, store=store)
+    assert store.misses == 30
+    for name, value in first.adapter.tensors.items():
+        assert np.array_equal(value, again.adapter.tensors[name])
+    if codec == "fp32":
+        without = fit_ridge(engine, base, x, y)
+        for name, value in first.adapter.tensors.items():
+            assert np.array_equal(value, without.adapter.tensors[name])
+
+
+def test_a_small_store_changes_nothing() -> None:
+    engine = get_engine("reference")
+    base = samples.base()
+    x, y = samples.blobs(20)
+    store = memory_store("fp32", base.spec.record, 7)
+    engine.fill(base.spec, base.tensors, x, np.arange(20), store)
+    result = fit_ridge(engine, base, x, y, store=store)
+    without = fit_ridge(engine, base, x, y)
+    for name, value in without.adapter.tensors.items():
+        assert np.array_equal(value, result.adapter.tensors[name])
+
+
+def test_same_seed_same_adapter(engine: Engine) -> None:
+    base = samples.base()
+    x, y = samples.blobs(300)
+    a, b = (fit_ridge(engine, base, x, y, seed=3).adapter.tensors for _ in range(2))
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_saves_and_loads(tmp_path: Path) -> None:
+    base = samples.base()
+    result = fit_ridge(get_engine(), base, *samples.blobs(30))
+    result.adapter.save(tmp_path / "a")
+    loaded = Adapter.load(tmp_path / "a", base)
+    assert loaded.method == METHOD
+    assert loaded.rank == base.spec.C
+    for name, value in result.adapter.tensors.items():
+        assert np.array_equal(value, loaded.tensors[name])
+    assert loaded.config["lambda"] == result.lam
+
+
+# -- data made to break it -------------------------------------------------------------------------------------------
+
+
+def _one_sample() -> tuple[np.ndarray, np.ndarray]:
+    x, y = samples.blobs(3)
+    return x[:1], y[:1]
+
+
+def _duplicates() -> tuple[np.ndarray, np.ndarray]:
+    x, y = samples.blobs(6)
+    return np.repeat(x, 20, axis=0), np.repeat(y, 20)
+
+
+def _contradictions() -> tuple[np.ndarray, np.ndarray]:
+    x, y = samples.blobs(6)
+    return np.repeat(x, 20, axis=0), np.tile(y, 20)
+
+
+def _one_per_class() -> tuple[np.ndarray, np.ndarray]:
+    return samples.blobs(3)
+
+
+def _one_class() -> tuple[np.ndarray, np.ndarray]:
+    x, y = samples.blobs(30)
+    return x, np.full_like(y, 2)
+
+
+def _missing_class() -> tuple[np.ndarray, np.ndarray]:
+    x, y = samples.blobs(60)
+    return x[y != 1], y[y != 1]
+
+
+def _constant() -> tuple[np.ndarray, np.ndarray]:
+    x, y = samples.blobs(30)
+    return np.full_like(x, 3.0), y
+
+
+def _zeros() -> tuple[np.ndarray, np.ndarray]:
+    x, y = samples.blobs(30)
+    return np.zeros_like(x), y
+
+
+def _huge() -> tuple[np.ndarray, np.ndarray]:
+    x, y = samples.blobs(30)
+    return x * np.float32(1e15), y
+
+
+def _tiny() -> tuple[np.ndarray, np.ndarray]:
+    x, y = samples.blobs(30)
+    return x * np.float32(1e-15), y
+
+
+def _one_giant() -> tuple[np.ndarray, np.ndarray]:
+    x, y = samples.blobs(60)
+    x[7] *= np.float32(1e6)
+    return x, y
+
+
+HARD = (
+    _one_sample, _duplicates, _contradictions, _one_per_class, _one_class, _missing_class, _constant, _zeros, _huge,
+    _tiny, _one_giant,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("hard", HARD)
+@pytest.mark.parametrize("space", ["dual", "primal"])
+def test_hard_data_gives_a_finite_adapter(hard, space: str, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    engine = get_engine("reference")
+    base = samples.base()
+    x, y = hard()
+    if space == "primal":
+        monkeypatch.setattr(ridge, "_dual", lambda r, Y, choice, groups: ridge._primal(r, Y, choice, groups, 0))
+    result = fit_ridge(engine, base, x, y)
+    assert all(np.isfinite(t).all() for t in result.adapter.tensors.values())
+    assert np.isfinite(result.loo_scores).all()
+    assert 0 < float(result.temperature) < np.inf
+    assert np.isfinite(predicted(engine, base, result, x)).all()
+
+
+def test_a_giant_record_does_not_spoil_the_others() -> None:
+    engine = get_engine("reference")
+    base = samples.base()
+    x, y = _one_giant()
+    right = predicted(engine, base, fit_ridge(engine, base, x, y), x).argmax(axis=1) == y
+    assert right.mean() > 0.9
+
+
+def test_missing_classes_are_not_predicted() -> None:
+    engine = get_engine("reference")
+    base = samples.base()
+    x, y = _missing_class()
+    result = fit_ridge(engine, base, x, y)
+    right = predicted(engine, base, result, x).argmax(axis=1)
+    assert (right == y).mean() > 0.95
+    assert not (right == 1).any()
+
+
+def test_one_class_is_always_predicted() -> None:
+    engine = get_engine("reference")
+    base = samples.base()
+    x, y = _one_class()
+    assert (predicted(engine, base, fit_ridge(engine, base, x, y), x).argmax(axis=1) == 2).all()
+
+
+def test_many_samples_in_bounded_memory() -> None:
+    """The primal must not hold all records: 10⁵ of them would take 83 MB, with float64 copies three times as much."""
+    engine = get_engine()
+    base = network(dnn(256, 3))
+    rng = np.random.default_rng(0)
+    T = 100_000
+    y = rng.integers(0, 3, T).astype(np.int32)
+    x = rng.standard_normal((T, 256), np.float32)
+    x[np.arange(T), y] += 3
+    tracemalloc.start()
+    result = fit_ridge(engine, base, x, y)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert result.space == "primal"
+    assert peak < 40e6
+    assert result.loo_accuracy > 0.9
+    assert len(result.loo_rows) == ridge.SCORED
+    assert (predicted(engine, base, result, x[:1000]).argmax(axis=1) == y[:1000]).mean() > 0.9
+
+
+# -- wrong use -------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_use() -> None:
+    engine = get_engine("reference")
+    base = samples.base()
+    x, y = samples.blobs(10)
+    for chosen, words in (
+        ("best", "taps must be 'auto', 'all' or numbers of taps, not 'best'"),
+        ((), "taps must be some of 0 to 2, not"),
+        ((3,), "taps must be some of 0 to 2, not"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            fit_ridge(engine, base, x, y, taps=chosen)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"groups must be one label a sample, \(10,\), not \[3\]"):
+        fit_ridge(engine, base, x, y, groups=np.zeros(3))
+    with pytest.raises(DataError, match="labels must be 0 to 2, not 0 to 3"):
+        fit_ridge(engine, base, x, np.arange(10, dtype=np.int32) % 4)
+    with pytest.raises(DataError, match="of one length, at least 1"):
+        fit_ridge(engine, base, x[:0], y[:0])
+    with pytest.raises(UsageError, match="seed must be an integer"):
+        fit_ridge(engine, base, x, y, seed=-1)
+    with pytest.raises(DataError, match="records must be finite and small enough to be squared"):
+        fit_ridge(engine, base, x * np.float32(1e25), y)
+
+
+def test_too_large_a_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ridge, "MAX_SYSTEM", 9)
+    with pytest.raises(UsageError, match="at most 9 samples or features, not 20 samples of 16 features"):
+        fit_ridge(get_engine("reference"), samples.base(), *samples.blobs(20))
+
+
+def test_lenet(engine: Engine) -> None:
+    base = network(lenet5((1, 28, 28)))
+    x, y = samples_for(base.spec, 50)
+    result = fit_ridge(engine, base, x, y)
+    assert result.space == "dual"
+    Z = features(engine, base, x, result)
+    alpha = np.linalg.solve(Z @ Z.T + result.lam * np.eye(50), np.eye(10)[y])
+    new, _ = samples_for(base.spec, 20, seed=1)
+    expected = float(result.temperature) * features(engine, base, new, result) @ (Z.T @ alpha)
+    close(predicted(engine, base, result, new), expected, SAME)
