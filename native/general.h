@@ -1,9 +1,15 @@
-/* The general step: methods whose gradients run through layers (FT-*, LoRA-All, FT-All-LoRA). Part of core.c.
+/* The general step: methods whose gradients run through layers (FT-*, LoRA-All, FT-All-LoRA).
  *
  * Layers p->first … L-1 go forward, the loss, then backward; a bit of ift_train that is not set is not computed.
  * fc layers work on rows, conv layers on lanes, panel after panel; the two meet at flatten. Gradients are kept, then
  * one SGD update goes over what is trained.
  */
+#ifndef IFT_GENERAL_H
+#define IFT_GENERAL_H
+
+#include "linalg.h"
+#include "loss.h"
+#include "panels.h"
 
 static void turn(const float *w, int N, int M, int Mp, float *wt, int Np) {
     int n = 0;
@@ -489,3 +495,5 @@ static double general_step(const ift_plan *p, ift_job *job, int S, const float *
     prepare(p, job->params, 0, ws);
     return loss;
 }
+
+#endif
