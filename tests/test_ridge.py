@@ -93,7 +93,8 @@ def test_left_out_scores_are_those_of_fitting_again(T: int, grouped: bool) -> No
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_dual_and_primal_agree(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rank", [None, 1, 2, 3])
+def test_dual_and_primal_agree(dtype: type, rank: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = get_engine("reference")
     base = network(NETS["dnn"])
     monkeypatch.setattr(ridge, "_precision", lambda error, lam: dtype)
@@ -102,13 +103,13 @@ def test_dual_and_primal_agree(dtype: type, monkeypatch: pytest.MonkeyPatch) -> 
     records = Records(engine, base, x, np.arange(60), None)
     x[3] *= 20
     choice, groups = taps.Choice(0.05, (1.0, 0.3, 0.1), 0.05, 60.0), np.arange(60) // 4
-    a = ridge._dual(records, np.eye(3)[y], choice, groups)
-    b = ridge._primal(records, np.eye(3)[y], choice, groups, 0)
+    a = ridge._dual(records, np.eye(3)[y], choice, groups, rank)
+    b = ridge._primal(records, np.eye(3)[y], choice, groups, 0, rank)
     tolerance = EXACT if dtype is np.float64 else 1e-3
     close(a.bias, b.bias, max(tolerance, 1e-5))
     close(a.scores[np.argsort(a.rows)], b.scores[np.argsort(b.rows)], max(tolerance, 1e-5))
-    for k, W in a.W.items():
-        close(W, b.W[k], max(tolerance, 1e-5))
+    for k, (A, B) in a.pairs.items():
+        close(A @ B, b.pairs[k][0] @ b.pairs[k][1], max(tolerance, 1e-5))
 
 
 def test_separable_samples_are_learnt() -> None:
@@ -173,6 +174,22 @@ def test_saves_and_loads(tmp_path: Path) -> None:
     for name, value in result.adapter.tensors.items():
         assert np.array_equal(value, loaded.tensors[name])
     assert loaded.config["lambda"] == result.lam
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5, 9])
+def test_rank(engine: Engine, rank: int) -> None:
+    base = network(NETS["odd"])
+    x, y = samples_for(base.spec, 60)
+    result = fit_ridge(engine, base, x, y, rank=rank)
+    full = fit_ridge(engine, base, x, y)
+    assert result.adapter.rank == rank
+    assert result.adapter.tensors["lora.0-5.A"].shape == (base.spec.tap_widths[0], rank)
+    logits, wanted = (predicted(engine, base, r, x) / float(r.temperature) for r in (result, full))
+    if rank >= base.spec.C:
+        close(logits, wanted, SAME)
+    else:
+        assert np.linalg.matrix_rank(result.adapter.tensors["lora.0-5.B"]) == rank
+        assert result.loo_scores.shape == full.loo_scores.shape
 
 
 # -- data made to break it -------------------------------------------------------------------------------------------
@@ -241,13 +258,16 @@ HARD = (
 
 @pytest.mark.parametrize("hard", HARD)
 @pytest.mark.parametrize("space", ["dual", "primal"])
-def test_hard_data_gives_a_finite_adapter(hard, space: str, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("rank", [None, 2])
+def test_hard_data_gives_a_finite_adapter(hard, space: str, rank: int | None, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     engine = get_engine("reference")
     base = samples.base()
     x, y = hard()
     if space == "primal":
-        monkeypatch.setattr(ridge, "_dual", lambda r, Y, choice, groups: ridge._primal(r, Y, choice, groups, 0))
-    result = fit_ridge(engine, base, x, y)
+        monkeypatch.setattr(
+            ridge, "_dual", lambda r, Y, choice, groups, rank: ridge._primal(r, Y, choice, groups, 0, rank)
+        )
+    result = fit_ridge(engine, base, x, y, rank=rank)
     assert all(np.isfinite(t).all() for t in result.adapter.tensors.values())
     assert np.isfinite(result.loo_scores).all()
     assert 0 < float(result.temperature) < np.inf

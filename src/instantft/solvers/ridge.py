@@ -6,10 +6,10 @@
 in the dual where T < D,   (K + 1 + λI)·α = Y,  K = s²·Σ_k w_k·X_k·X_kᵀ,  W_k = s²·w_k·X_kᵀ·α,  bias = Σ_i α_i
 in the primal otherwise,   (ZᵀZ + λI)·W = ZᵀY, streamed over chunks of samples
 
-s makes the mean norm of a record 1; records beyond three median norms are shrunk (`taps.system`). λ and the weights w of
+s makes the mean norm of a record 1; records beyond 3 median norms are shrunk (`taps.system`). λ and the weights w of
 the taps (`taps.choose`) are found on a few hundred samples by exact leave-one-out; the temperature β (`calibration`) on
 the left-out scores of all. What comes out is an adapter of the general form y = gain·c + Σ x^k·A_k·B_k + bias, with
-gain 0, A_k = β·W_k and B_k = I, so that evaluation, prediction and export have no second path.
+gain 0, A_k·B_k = β·W_k, so that evaluation, prediction and export have no second path.
 
 This file says what is solved; `factor` and `taps` say how. T samples, L taps, N_k their widths, D = ΣN_k, C outputs.
 """
@@ -34,6 +34,7 @@ from ..spec import NetSpec
 from . import taps as selection
 from .calibration import Temperature, expected_calibration_error, fit_temperature, softmax
 from .factor import Factor, Rows, blocks_of, inverse_factor, primal_left_out
+from .lowrank import FeatureSpace, Pair, SampleSpace, padded, reduce_rank
 from .sgd import Seconds, check_arguments
 
 __all__ = ["METHOD", "Records", "RidgeResult", "fit_ridge"]
@@ -220,7 +221,7 @@ def fit_ridge(
         y: (T,) int32 labels.
         store: the forward cache; None: the frozen network runs once a sample and nothing is kept.
         numbers: (T,), the number of each sample in the store; None: 0 … T-1.
-        rank: R of the adapter of each tap; None: full rank, stored as R = C.
+        rank: R of the adapter of each tap (`lowrank`); None, or C and more: full rank, A_k = W_k and B_k = I.
         seed: which samples λ and the weights of the taps are found on.
         threads: used for running the frozen network.
         groups: (T,) a label a sample; samples of a group are left out together, for the scores and for choosing
@@ -257,9 +258,10 @@ def fit_ridge(
 
     choice = _choose(records, y, groups, seed, taps)
     Y = np.eye(spec.C)[y]
-    fitted = _dual(records, Y, choice, groups) if dual else _primal(records, Y, choice, groups, seed)
+    fitted = _dual(records, Y, choice, groups, rank) if dual else _primal(records, Y, choice, groups, seed, rank)
     beta = fit_temperature(fitted.scores, y[fitted.rows])
-    tensors = _tensors(spec, fitted, float(beta), rank)
+    R = spec.C if rank is None else int(rank)
+    tensors = _tensors(spec, fitted, float(beta), R)
     config = {
         "samples": T,
         "lambda": choice.lam,
@@ -270,7 +272,7 @@ def fit_ridge(
         "cache": None if store is None else store.codec.name,
         "engine": engine.name,
     }
-    adapter = Adapter(METHOD, spec.C if rank is None else int(rank), spec, base.hash, tensors, config)
+    adapter = Adapter(METHOD, R, spec, base.hash, tensors, config)
     scores = (float(beta) * fitted.scores).astype(np.float32)
     done = time.perf_counter()
     return RidgeResult(
@@ -352,9 +354,9 @@ def subset(T: int, most: int, seed: int) -> tuple[Rows, list[Rows]]:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """W_k (N_k, C) of each tap in use, bias (C,), and left-out scores (n, C) of some rows (n,), before β."""
+    """A_k, B_k of each tap in use, bias (C,), and left-out scores (n, C) of some rows (n,), all before β."""
 
-    W: dict[int, Doubles]
+    pairs: dict[int, Pair]
     bias: Doubles
     scores: Doubles
     rows: Rows
@@ -365,7 +367,9 @@ def _precision(error: float, lam: float) -> type[np.float32] | type[np.float64]:
     return np.float32 if error * float(np.finfo(np.float32).eps) <= HARMLESS * lam else np.float64
 
 
-def _dual(records: Records, Y: Doubles, choice: selection.Choice, groups: Array | None) -> _Fitted:
+def _dual(
+    records: Records, Y: Doubles, choice: selection.Choice, groups: Array | None, rank: int | None = None
+) -> _Fitted:
     dtype = _precision(len(Y), choice.lam)  # the largest eigenvalue of K + 1 is about T at most
     with np.errstate(over="ignore", invalid="ignore"):
         G = records.gram(choice.weights, dtype)
@@ -384,14 +388,28 @@ def _dual(records: Records, Y: Doubles, choice: selection.Choice, groups: Array 
     targets = c[:, None] * Y
     alpha = factor.solve(targets.astype(dtype))
     residuals = factor.left_out(alpha, None if groups is None else blocks_of(groups))
+    scores = targets - residuals
     weighted = c[:, None] * alpha
-    small = weighted.astype(np.float32)
+    small, bias = weighted.astype(np.float32), weighted.sum(axis=0, dtype=np.float64)
     parts = records.taps(slice(0, len(records)))
-    W = {k: np.asarray(parts[k].T @ small, np.float64) * (w * s * s) for k, w in enumerate(choice.weights) if w > 0}
-    return _Fitted(W, weighted.sum(axis=0, dtype=np.float64), targets - residuals, np.arange(len(Y)))
+    roots = {k: s * float(np.sqrt(w)) for k, w in enumerate(choice.weights) if w > 0}
+    W = {k: root * np.asarray(parts[k].T @ small, np.float64) for k, root in roots.items()}
+    pairs = {k: (full, np.eye(Y.shape[1])) for k, full in W.items()}
+    if rank is not None and rank < Y.shape[1]:
+        X = {k: (root * c)[:, None] * parts[k] for k, root in roots.items()}
+        pairs, reduced = reduce_rank(SampleSpace(X, c, targets, choice.lam), W, bias, rank)
+        # What the cut changes about a sample's own fit is taken for what it changes about its left-out score.
+        scores += c[:, None] * (reduced - bias)
+        for k, (A, B) in pairs.items():
+            scores += (X[k] @ A) @ B - X[k] @ W[k]
+        bias = reduced
+    pairs = {k: (roots[k] * A, B) for k, (A, B) in pairs.items()}
+    return _Fitted(pairs, bias, scores, np.arange(len(Y)))
 
 
-def _primal(records: Records, Y: Doubles, choice: selection.Choice, groups: Array | None, seed: int) -> _Fitted:
+def _primal(
+    records: Records, Y: Doubles, choice: selection.Choice, groups: Array | None, seed: int, rank: int | None = None
+) -> _Fitted:
     used = [k for k, w in enumerate(choice.weights) if w > 0]
     widths = [records.spec.tap_widths[k] for k in used]
     roots = np.repeat([np.sqrt(choice.weights[k]) for k in used], widths)
@@ -419,20 +437,27 @@ def _primal(records: Records, Y: Doubles, choice: selection.Choice, groups: Arra
         Z, targets = clipped(rows, dtype)
         A += Z.T @ Z
         R += Z.T @ targets
-    A[np.diag_indices_from(A)] += choice.lam
-    V = inverse_factor(A)
+    G = A.copy()
+    G[np.diag_indices_from(G)] += choice.lam
+    V = inverse_factor(G)
     W = V.T @ (V @ R)
+    cuts = np.cumsum([0, *widths])
+    places = {k: slice(a, b) for k, (a, b) in zip(used, itertools.pairwise(cuts.tolist()), strict=True)}
+    pairs = {k: (W[at], np.eye(Y.shape[1])) for k, at in places.items()}
+    final = W
+    if rank is not None and rank < Y.shape[1]:
+        space = FeatureSpace(A, R, places, choice.lam)
+        pairs, bias = reduce_rank(space, {k: W[at] for k, at in places.items()}, W[D], rank)
+        final = np.concatenate([*(P @ Q for P, Q in pairs.values()), bias[None]])
     scored = _scored(T, groups, seed)
     scores = np.empty((len(scored), Y.shape[1]))
     for start, stop in _whole_blocks(scored, groups):
         some = scored[start:stop]
         Z, targets = clipped(some, np.float64)
         e = primal_left_out(Z, targets - Z @ W, V, None if groups is None else blocks_of(groups[some]))
-        scores[start:stop] = targets - e
-    W[:D] *= (s * roots)[:, None]
-    cuts = np.cumsum([0, *widths])
-    parts = {k: W[a:b] for k, (a, b) in zip(used, itertools.pairwise(cuts), strict=True)}
-    return _Fitted(parts, W[D], scores, scored)
+        scores[start:stop] = targets - e + Z @ (final - W)
+    pairs = {k: (s * roots[places[k]][:, None] * P, Q) for k, (P, Q) in pairs.items()}
+    return _Fitted(pairs, final[D], scores, scored)
 
 
 def _scored(T: int, groups: Array | None, seed: int) -> Rows:
@@ -466,16 +491,14 @@ def _whole_blocks(rows: Rows, groups: Array | None) -> Iterator[tuple[int, int]]
             start = int(end)
 
 
-def _tensors(spec: NetSpec, fitted: _Fitted, beta: float, rank: int | None) -> dict[str, Floats]:
-    """The adapter's tensors; B_k = I at full rank."""
-    if rank is not None:
-        raise UsageError("rank must be None: reduced rank is not there yet")
+def _tensors(spec: NetSpec, fitted: _Fitted, beta: float, rank: int) -> dict[str, Floats]:
+    """The adapter's tensors; taps that are not in use are zero."""
     tensors: dict[str, Floats] = {}
     for k in range(spec.L):
-        W = fitted.W.get(k)
-        A = np.zeros((spec.tap_widths[k], spec.C)) if W is None else beta * W
-        tensors[f"lora.{k}-{spec.L}.A"] = A.astype(np.float32)
-        tensors[f"lora.{k}-{spec.L}.B"] = np.eye(spec.C, dtype=np.float32)
+        nothing = np.zeros((spec.tap_widths[k], 0)), np.zeros((0, spec.C))
+        A, B = padded(fitted.pairs.get(k, nothing), rank)
+        tensors[f"lora.{k}-{spec.L}.A"] = (beta * A).astype(np.float32)
+        tensors[f"lora.{k}-{spec.L}.B"] = B.astype(np.float32)
     tensors["output.gain"] = np.zeros(1, np.float32)
     tensors["output.bias"] = (beta * fitted.bias).astype(np.float32)
     return tensors
