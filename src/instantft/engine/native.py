@@ -49,8 +49,9 @@ def isas() -> list[str]:
     try:
         from .. import _core
     except ImportError as e:
+        why = "was not built" if "_core" not in (e.path or "") else f"does not load ({e})"
         raise EngineError(
-            f"the native engine needs its compiled core, which is not there ({e}): install a C and C++ compiler "
+            f"the native engine needs its compiled core, which {why}: install a C and C++ compiler "
             "(Debian: apt-get install build-essential) and install instantft again, or use --engine reference"
         ) from None
     return _core.isas()
