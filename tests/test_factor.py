@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instantft.errors import UsageError
-from instantft.solvers.factor import Factor, blocks_of, inverse_factor, primal_left_out
+from instantft.solvers.factor import Factor, blocks_of, inverse_factor, primal_left_out, runs
 
 EXACT = 1e-9
 """Relative; systems here have a condition number below 1e5, float64 has 16 digits."""
@@ -108,3 +108,11 @@ def test_blocks_of_one_size_and_of_several_agree() -> None:
     even = [np.arange(i, i + 4) for i in range(0, 24, 4)]
     uneven = [*even[:-1], np.arange(20, 22), np.arange(22, 24)]
     close(factor.left_out(alpha, even)[:20], factor.left_out(alpha, uneven)[:20])
+
+
+@pytest.mark.parametrize("n", [1, 5, 31, 32, 33, 1000])
+def test_runs(n: int) -> None:
+    blocks = runs(n, 32)
+    assert len(blocks) == min(n, 32)
+    assert np.concatenate(blocks).tolist() == list(range(n))
+    assert max(map(len, blocks)) - min(map(len, blocks)) <= 1

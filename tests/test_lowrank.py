@@ -57,7 +57,7 @@ def test_sweeps_lower_the_loss_and_both_spaces_agree(T: int, rank: int) -> None:
 
 
 def test_one_tap_is_reduced_rank_regression() -> None:
-    """With one tap and no bias the ridge solution, cut in its own metric, is the optimum: no other subspace is better."""
+    """With one tap and no bias the ridge solution, cut in its own metric, is the optimum: no other beats it."""
     X, _, Y = problem(40, (8,))
     ones = np.zeros(40)
     W, bias = full_rank(X, ones, Y)

@@ -14,18 +14,16 @@ from instantft.cache.store import memory_store
 from instantft.engine import Engine, get_engine
 from instantft.errors import DataError, UsageError
 from instantft.methods import METHODS, Method
-from instantft.solvers import ridge, taps
+from instantft.solvers import closed, ridge, taps
 from instantft.solvers.calibration import softmax
-from instantft.solvers.ridge import METHOD, Records, RidgeResult, fit_ridge
+from instantft.solvers.records import Records
+from instantft.solvers.ridge import METHOD, RidgeResult, fit_ridge
 from instantft.spec import NetSpec, dnn, lenet5
 from tests import samples
 from tests.nets import NETS, samples_for, tensors_for
 
 SAME = 1e-4
 """Relative to the largest logit: float32 adapters and forward passes against float64."""
-
-EXACT = 1e-6
-"""Relative: float64 systems of condition up to 1e6."""
 
 
 @pytest.fixture(autouse=True)
@@ -72,44 +70,92 @@ def test_adapter_is_what_the_equations_say(engine: Engine, net: str, chosen: str
 
 @pytest.mark.parametrize("T", [12, 90])  # dual, primal
 @pytest.mark.parametrize("grouped", [False, True])
-def test_left_out_scores_are_those_of_fitting_again(T: int, grouped: bool) -> None:
+def test_left_out_scores_are_those_of_fitting_again(T: int, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(closed, "CHUNK", 20)  # so that some groups are longer
     engine = get_engine("reference")
     base = samples.base(dnn(10, 3, 8))
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(T, 10)).astype(np.float32), rng.integers(0, 3, T).astype(np.int32)
-    groups = rng.integers(0, 6, T) if grouped else None
+    x[3] *= 50  # is clipped
+    groups = rng.choice(5, T, p=[0.4, 0.3, 0.2, 0.05, 0.05]) if grouped else None
     result = fit_ridge(engine, base, x, y, groups=groups)
     assert result.space == ("dual" if T <= 26 else "primal")
-    Z, Y = features(engine, base, x, result), np.eye(3)[y]
-    labels = np.arange(T) if groups is None else groups
-    expected = np.empty((T, 3))
-    for label in set(labels.tolist()):
-        out = labels == label
-        W = np.linalg.solve(Z[~out].T @ Z[~out] + result.lam * np.eye(Z.shape[1]), Z[~out].T @ Y[~out])
-        expected[out] = Z[out] @ W
-    close(result.loo_scores, float(result.temperature) * expected[result.loo_rows], SAME)
-    assert sorted(result.loo_rows.tolist()) == list(range(T))
-    assert result.loo_accuracy == pytest.approx((expected.argmax(axis=1) == y).mean())
+    Z = features(engine, base, x, result)
+    norms = np.linalg.norm(Z[:, :-1], axis=1)
+    limit = taps.CLIP * np.median(norms[: ridge.FEW])
+    c = np.minimum(1, limit / norms)[:, None]
+    assert (c < 1).sum() == 1
+    Z, Y = c * Z, c * np.eye(3)[y]
+
+    def left_out(rows: np.ndarray) -> np.ndarray:
+        kept = np.setdiff1d(np.arange(T), rows)
+        W = np.linalg.solve(Z[kept].T @ Z[kept] + result.lam * np.eye(Z.shape[1]), Z[kept].T @ Y[kept])
+        return float(result.temperature) * Z[rows] @ W
+
+    assert sorted(result.rows.tolist()) == list(range(T))
+    alone = np.concatenate([left_out(result.rows[[i]]) for i in range(T)])
+    close(result.loo_scores, alone, SAME)
+    blocked = np.empty((T, 3))
+    for block in result.blocks:
+        blocked[block] = left_out(result.rows[block])
+        if groups is not None:
+            assert sorted(result.rows[block]) == np.flatnonzero(groups == groups[result.rows[block[0]]]).tolist()
+    close(result.block_scores, blocked, SAME)
+    assert result.loo_accuracy == pytest.approx((alone.argmax(axis=1) == result.labels).mean())
+    assert result.block_accuracy == pytest.approx((blocked.argmax(axis=1) == result.labels).mean())
+    assert np.array_equal(result.labels, y[result.rows])
+
+
+def test_blocks_are_runs_of_consecutive_samples() -> None:
+    x, y = samples.blobs(300)
+    result = fit_ridge(get_engine("reference"), samples.base(), x, y)
+    assert len(result.blocks) == 32
+    for n in (1, 20, 31, 32, 500, 512, 513, 1024, 9000):
+        lengths = [len(block) for block in closed.judged(n, None, n, 0).blocks]
+        assert sum(lengths) == n
+        assert max(lengths) <= closed.LONGEST
+        assert len(lengths) >= min(n, 32)
+    for block in result.blocks:
+        assert (np.diff(result.rows[block]) == 1).all()
+
+
+def test_decide() -> None:
+    engine = get_engine()
+    base = samples.base()
+    x, y = samples.blobs(200)
+    result = fit_ridge(engine, base, x, y)
+    frozen = engine.forward(base.spec, base.tensors, x)
+    close(result.frozen_scores, frozen[result.rows], SAME)
+    decision = result.decide()
+    assert decision.accepted
+    assert decision.before == pytest.approx((frozen.argmax(axis=1) == y).mean())
+    assert decision.after == result.block_accuracy
+    assert not result.decide(result.block_scores).accepted
+    with pytest.raises(UsageError, match=r"must be \[200, 3\], not \[2, 3\]"):
+        result.decide(np.zeros((2, 3), np.float32))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("rank", [None, 1, 2, 3])
-def test_dual_and_primal_agree(dtype: type, rank: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("grouped", [False, True])
+def test_dual_and_primal_agree(dtype: type, rank: int | None, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = get_engine("reference")
     base = network(NETS["dnn"])
-    monkeypatch.setattr(ridge, "_precision", lambda error, lam: dtype)
-    monkeypatch.setattr(ridge, "CHUNK", 17)
+    monkeypatch.setattr(closed, "precision", lambda error, lam: dtype)
+    monkeypatch.setattr("instantft.solvers.records.CHUNK", 17)
     x, y = samples_for(base.spec, 60)
-    records = Records(engine, base, x, np.arange(60), None)
     x[3] *= 20
-    choice, groups = taps.Choice(0.05, (1.0, 0.3, 0.1), 0.05, 60.0), np.arange(60) // 4
-    a = ridge._dual(records, np.eye(3)[y], choice, groups, rank)
-    b = ridge._primal(records, np.eye(3)[y], choice, groups, 0, rank)
-    tolerance = EXACT if dtype is np.float64 else 1e-3
-    close(a.bias, b.bias, max(tolerance, 1e-5))
-    close(a.scores[np.argsort(a.rows)], b.scores[np.argsort(b.rows)], max(tolerance, 1e-5))
+    records = Records(engine, base, x, np.arange(60), None)
+    choice = taps.Choice(0.05, (1.0, 0.3, 0.1), 0.05, 60.0)
+    judge = closed.judged(60, np.arange(60) % 7 if grouped else None, 60, 0)
+    a = closed.dual(records, np.eye(3)[y], choice, judge, rank)
+    b = closed.primal(records, np.eye(3)[y], choice, judge, rank)
+    tolerance = 1e-5 if dtype is np.float64 else 1e-3
+    close(a.bias, b.bias, tolerance)
+    close(a.alone, b.alone, tolerance)
+    close(a.blocked, b.blocked, tolerance)
     for k, (A, B) in a.pairs.items():
-        close(A @ B, b.pairs[k][0] @ b.pairs[k][1], max(tolerance, 1e-5))
+        close(A @ B, b.pairs[k][0] @ b.pairs[k][1], tolerance)
 
 
 def test_separable_samples_are_learnt() -> None:
@@ -264,12 +310,12 @@ def test_hard_data_gives_a_finite_adapter(hard, space: str, rank: int | None, mo
     base = samples.base()
     x, y = hard()
     if space == "primal":
-        monkeypatch.setattr(
-            ridge, "_dual", lambda r, Y, choice, groups, rank: ridge._primal(r, Y, choice, groups, 0, rank)
-        )
+        monkeypatch.setattr(closed, "dual", closed.primal)
     result = fit_ridge(engine, base, x, y, rank=rank)
     assert all(np.isfinite(t).all() for t in result.adapter.tensors.values())
     assert np.isfinite(result.loo_scores).all()
+    assert np.isfinite(result.block_scores).all()
+    assert isinstance(result.decide().accepted, bool)
     assert 0 < float(result.temperature) < np.inf
     assert np.isfinite(predicted(engine, base, result, x)).all()
 
@@ -315,7 +361,7 @@ def test_many_samples_in_bounded_memory() -> None:
     assert result.space == "primal"
     assert peak < 40e6
     assert result.loo_accuracy > 0.9
-    assert len(result.loo_rows) == ridge.SCORED
+    assert len(result.rows) == closed.SCORED
     assert (predicted(engine, base, result, x[:1000]).argmax(axis=1) == y[:1000]).mean() > 0.9
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from instantft.solvers import taps
-from instantft.solvers.ridge import BLOCKS, subset
+from instantft.solvers.records import RUNS, subset
 
 RNG = np.random.default_rng(0)
 
@@ -130,7 +130,7 @@ def test_subset(T: int, seed: int) -> None:
     assert rows.min() >= 0
     assert rows.max() < T
     assert (np.diff(rows) > 0).all()
-    assert len(blocks) == min(len(rows), BLOCKS)
+    assert len(blocks) == min(len(rows), RUNS)
     assert np.concatenate(blocks).tolist() == list(range(len(rows)))
     for block in blocks:
         assert (np.diff(rows[block]) == 1).all(), "a block is a run of consecutive samples"

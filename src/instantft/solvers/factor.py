@@ -20,6 +20,7 @@ T samples, D features, C outputs. float64 unless said otherwise. Only `_by_halve
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 
 from ..errors import UsageError
 
-__all__ = ["Factor", "blocks_of", "inverse_factor", "primal_left_out"]
+__all__ = ["Factor", "blocks_of", "inverse_factor", "primal_left_out", "runs"]
 
 Array = NDArray[Any]
 Doubles = NDArray[np.float64]
@@ -99,6 +100,12 @@ def blocks_of(groups: Array) -> list[Rows]:
     cuts = np.flatnonzero(np.diff(inverse[order])) + 1
     parts = np.split(order, cuts) if len(order) else []
     return [parts[i] for i in np.argsort(first)]
+
+
+def runs(n: int, count: int) -> list[Rows]:
+    """At most `count` blocks of consecutive rows, equally long within one, that together are 0 … n−1."""
+    cuts = np.arange(min(count, n) + 1) * n // max(min(count, n), 1)
+    return [np.arange(a, b) for a, b in itertools.pairwise(cuts.tolist())]
 
 
 class Factor:

@@ -8,17 +8,17 @@ in the primal otherwise,   (ZᵀZ + λI)·W = ZᵀY, streamed over chunks of sam
 
 s makes the mean norm of a record 1; records beyond 3 median norms are shrunk (`taps.system`). λ and the weights w of
 the taps (`taps.choose`) are found on a few hundred samples by exact leave-one-out; the temperature β (`calibration`) on
-the left-out scores of all. What comes out is an adapter of the general form y = gain·c + Σ x^k·A_k·B_k + bias, with
+scores of left-out samples. What comes out is an adapter of the general form y = gain·c + Σ x^k·A_k·B_k + bias, with
 gain 0, A_k·B_k = β·W_k, so that evaluation, prediction and export have no second path.
 
-This file says what is solved; `factor` and `taps` say how. T samples, L taps, N_k their widths, D = ΣN_k, C outputs.
+This file says what is solved; `taps` chooses, `closed` solves, `gate` judges.
+T samples, L taps, N_k their widths, D = ΣN_k, C outputs.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,43 +31,33 @@ from ..cache.store import Store
 from ..engine import Engine, Floats
 from ..errors import DataError, UsageError
 from ..spec import NetSpec
+from . import closed
 from . import taps as selection
 from .calibration import Temperature, expected_calibration_error, fit_temperature, softmax
-from .factor import Factor, Rows, blocks_of, inverse_factor, primal_left_out
-from .lowrank import FeatureSpace, Pair, SampleSpace, padded, reduce_rank
+from .factor import Rows, blocks_of
+from .gate import Decision, gate
+from .lowrank import padded
+from .records import CHUNK, Records, subset
 from .sgd import Seconds, check_arguments
 
-__all__ = ["METHOD", "Records", "RidgeResult", "fit_ridge"]
+__all__ = ["METHOD", "RidgeResult", "fit_ridge"]
 
 METHOD = "skip-ridge"
 
 Array = NDArray[Any]
-Doubles = NDArray[np.float64]
 
 FEW, MANY = 256, 512
 """Samples on which λ and the weights of the taps are found, and those that decide between weights that are close."""
 
-BLOCKS = 32
-"""Runs of consecutive samples that both consist of."""
-
-CHUNK = 1024
-"""Samples that the primal sees at a time."""
-
-HARMLESS = 0.01
-"""Share of λ by which rounding may move an eigenvalue before float64 takes over."""
-
-TOO_LARGE = "records must be finite and small enough to be squared, not NaN, Inf or above about 1e18"
-
 MAX_SYSTEM = 20_000
 """Largest system that is factorised, in rows: 3.2 GB in float64."""
-
-SCORED = 4096
-"""Most samples for which the primal computes left-out scores by itself; the dual has them for all."""
 
 
 @dataclass(frozen=True)
 class RidgeResult:
     """What a closed-form fit yields.
+
+    The left-out scores are those of n samples: all of them in the dual, about `closed.SCORED` in the primal.
 
     Attributes:
         adapter: the adapter, method ``skip-ridge``.
@@ -77,9 +67,12 @@ class RidgeResult:
         scale: s, by which all taps were multiplied.
         temperature: β, folded into the adapter.
         space: which system was solved.
-        loo_scores: (n, C) float32, logits β·z of samples that were left out, one at a time or with their group.
-        loo_rows: (n,) rows of x they belong to.
+        rows: (n,) rows of x.
         labels: (n,) their labels.
+        blocks: places in `rows` that were left out together: runs of consecutive samples, or the groups.
+        loo_scores: (n, C) float32, logits of samples left out one at a time.
+        block_scores: (n, C) float32, logits of samples left out with their block.
+        frozen_scores: (n, C) float32, logits of the frozen network.
     """
 
     adapter: Adapter
@@ -89,9 +82,12 @@ class RidgeResult:
     scale: float
     temperature: Temperature
     space: Literal["dual", "primal"]
-    loo_scores: Floats = field(repr=False)
-    loo_rows: Rows = field(repr=False)
+    rows: Rows = field(repr=False)
     labels: NDArray[np.int32] = field(repr=False)
+    blocks: list[Rows] = field(repr=False)
+    loo_scores: Floats = field(repr=False)
+    block_scores: Floats = field(repr=False)
+    frozen_scores: Floats = field(repr=False)
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -99,103 +95,36 @@ class RidgeResult:
         return tuple(k for k, w in enumerate(self.weights) if w > 0)
 
     @property
-    def correct(self) -> NDArray[np.bool_]:
-        """(n,): which left-out samples were classified correctly."""
-        return np.asarray(self.loo_scores.argmax(axis=1) == self.labels)
+    def loo_accuracy(self) -> float:
+        """Share of samples classified correctly when left out one at a time; flatters where neighbours are alike."""
+        return _accuracy(self.loo_scores, self.labels)
 
     @property
-    def loo_accuracy(self) -> float:
-        """Share of left-out samples classified correctly."""
-        return float(self.correct.mean())
+    def block_accuracy(self) -> float:
+        """Share of samples classified correctly when left out in blocks."""
+        return _accuracy(self.block_scores, self.labels)
 
     @property
     def calibration_error(self) -> float:
-        """Expected calibration error of the left-out probabilities."""
-        return expected_calibration_error(softmax(self.loo_scores), self.labels)
+        """Expected calibration error of the probabilities of samples left out in blocks."""
+        return expected_calibration_error(softmax(self.block_scores), self.labels)
 
+    def decide(self, before: Floats | None = None) -> Decision:
+        """Whether this adapter should replace what there is, by samples left out in blocks (`gate.gate`).
 
-class Records:
-    """Taps of T samples: x^0 from the data, the others from the store, or from the frozen network where it lacks them.
-
-    Args:
-        engine, base, threads: who computes what the store lacks.
-        x: (T, N) float32.
-        numbers: (T,), the number of each sample in the store.
-        store: the forward cache; what it holds is used as its codec gives it.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        base: Network,
-        x: Floats,
-        numbers: NDArray[np.int64],
-        store: Store | None,
-        threads: int = 1,
-    ) -> None:
-        self._engine, self._base, self._threads = engine, base, threads
-        self._x, self._numbers, self._store = x, numbers, store
-        self._rows: Floats | None = None
-        self.spec: NetSpec = base.spec
-        ends = [s.offset + s.size for s in base.spec.record.segments[:-1]]
-        self._places = [(s.offset, s.offset + s.size) for s in base.spec.record.segments[:-1]]
-        self._used = ends[-1] if ends else 0
-
-    def __len__(self) -> int:
-        return len(self._x)
-
-    def keep(self) -> None:
-        """Hold the records of all samples decoded in memory from now on."""
-        if self._rows is None:
-            self._rows = self._read(slice(0, len(self)))
-
-    def taps(self, which: slice | Rows) -> list[Floats]:
-        """x^0 … x^{L-1} of some samples, (n, N_k) each."""
-        rows = self._rows[which] if self._rows is not None else self._read(which)
-        return [self._x[which], *(rows[:, a:b] for a, b in self._places)]
-
-    def chunks(self) -> Iterator[slice]:
-        """All samples, CHUNK at a time."""
-        for start in range(0, len(self), CHUNK):
-            yield slice(start, min(start + CHUNK, len(self)))
-
-    def gram(self, weights: Sequence[float], dtype: type[np.float32] | type[np.float64]) -> Array:
-        """K = Σ_k w_k·X_k·X_kᵀ (T, T), computed in `dtype`.
-
-        Neighbouring taps of one weight are one product: the zeros between them add nothing.
+        Args:
+            before: (n, C) logits for ``x[rows]`` of the adapter in use, which must not have been fitted to them; None:
+                those of the frozen network.
         """
-        self.keep()
-        assert self._rows is not None
-        parts = [(weights[0], self._x)] if weights[0] else []
-        behind = itertools.groupby(range(1, len(weights)), key=lambda k: weights[k])
-        for weight, run in behind:
-            taps = list(run)
-            if weight:
-                columns = slice(self._places[taps[0] - 1][0], self._places[taps[-1] - 1][1])
-                parts.append((weight, self._rows[:, columns]))
-        K = np.zeros((0, 0), dtype)
-        for weight, part in parts:
-            X = part.astype(dtype, copy=False)
-            product = X @ X.T
-            if weight != 1:
-                product *= dtype(weight)
-            K = K + product if K.size else product
-        return K
+        old = self.frozen_scores if before is None else np.asarray(before)
+        if old.shape != self.block_scores.shape:
+            raise UsageError(f"scores to compare with must be {list(self.block_scores.shape)}, not {list(old.shape)}")
+        right = self.block_scores.argmax(axis=1) == self.labels
+        return gate(old.argmax(axis=1) == self.labels, right, self.blocks)
 
-    def _read(self, which: slice | Rows) -> Floats:
-        """Record rows (n, width)."""
-        numbers, x = self._numbers[which], self._x[which]
-        store = self._store
-        if store is None:
-            return self._engine.records(self.spec, self._base.tensors, x, self._threads)
-        held = store.held(numbers)
-        if held.all():
-            return store.read(numbers)
-        rows = np.empty((len(x), self.spec.record.width), np.float32)
-        rows[held] = store.read(numbers[held])
-        fresh = self._engine.records(self.spec, self._base.tensors, np.ascontiguousarray(x[~held]), self._threads)
-        rows[~held] = store.codec.decode(store.codec.encode(fresh, store.record), store.record)
-        return rows
+
+def _accuracy(scores: Floats, labels: NDArray[np.int32]) -> float:
+    return float((scores.argmax(axis=1) == labels).mean())
 
 
 def fit_ridge(
@@ -251,29 +180,33 @@ def fit_ridge(
     if store is not None and store.capacity >= T:
         engine.fill(spec, base.tensors, x, numbers, store, threads)
     records = Records(engine, base, x, numbers, store, threads)
-    dual = T <= D
-    if dual or T * spec.record.width <= MAX_SYSTEM * CHUNK:
+    space: Literal["dual", "primal"] = "dual" if T <= D else "primal"
+    if space == "dual" or T * spec.record.width <= MAX_SYSTEM * CHUNK:
         records.keep()
     filled = time.perf_counter()
 
     choice = _choose(records, y, groups, seed, taps)
     Y = np.eye(spec.C)[y]
-    fitted = _dual(records, Y, choice, groups, rank) if dual else _primal(records, Y, choice, groups, seed, rank)
-    beta = fit_temperature(fitted.scores, y[fitted.rows])
+    if space == "dual":
+        judge = closed.judged(T, groups, T, seed)
+        fitted = closed.dual(records, Y, choice, judge, rank)
+    else:
+        judge = closed.judged(T, groups, closed.SCORED, seed)
+        fitted = closed.primal(records, Y, choice, judge, rank)
+    labels = y[judge.rows]
+    beta = fit_temperature(fitted.blocked, labels)
     R = spec.C if rank is None else int(rank)
-    tensors = _tensors(spec, fitted, float(beta), R)
     config = {
         "samples": T,
         "lambda": choice.lam,
         "taps": [float(w) for w in choice.weights],
         "temperature": float(beta),
-        "space": "dual" if dual else "primal",
+        "space": space,
         "seed": int(seed),
         "cache": None if store is None else store.codec.name,
         "engine": engine.name,
     }
-    adapter = Adapter(METHOD, R, spec, base.hash, tensors, config)
-    scores = (float(beta) * fitted.scores).astype(np.float32)
+    adapter = Adapter(METHOD, R, spec, base.hash, _tensors(spec, fitted, float(beta), R), config)
     done = time.perf_counter()
     return RidgeResult(
         adapter,
@@ -282,10 +215,13 @@ def fit_ridge(
         choice.weights,
         choice.scale,
         beta,
-        "dual" if dual else "primal",
-        scores,
-        fitted.rows,
-        y[fitted.rows],
+        space,
+        judge.rows,
+        labels,
+        judge.blocks,
+        (float(beta) * fitted.alone).astype(np.float32),
+        (float(beta) * fitted.blocked).astype(np.float32),
+        records.frozen(judge.rows),
     )
 
 
@@ -316,7 +252,7 @@ def _choose(
         with np.errstate(over="ignore", invalid="ignore"):
             grams = [np.asarray(part @ part.T, np.float64) for part in records.taps(rows)]
         if not all(np.isfinite(K).all() for K in grams):
-            raise DataError(TOO_LARGE)
+            raise DataError(closed.TOO_LARGE)
         return selection.Sample(grams, np.eye(C)[y[rows]], blocks)
 
     few = sample(FEW)
@@ -334,164 +270,7 @@ def _choose(
     return selection.with_weights(few.grams, few.Y, weights)
 
 
-def subset(T: int, most: int, seed: int) -> tuple[Rows, list[Rows]]:
-    """At most `most` rows of T in order: BLOCKS runs of consecutive samples, spread evenly with a random start.
-
-    Runs, so that samples that resemble their neighbours (consecutive spectra, overlapping windows) do so here too,
-    and are left out together.
-
-    Returns:
-        The rows, and for each run its place among them.
-    """
-    n = min(T, most)
-    cuts = np.arange(BLOCKS + 1) * n // BLOCKS
-    blocks = [np.arange(a, b) for a, b in itertools.pairwise(cuts) if b > a]
-    if n == T:
-        return np.arange(T), blocks
-    gaps = np.floor((np.arange(BLOCKS) + np.random.default_rng([seed, 3]).random()) * (T - n) / BLOCKS)
-    return np.concatenate([rows + int(gap) for rows, gap in zip(blocks, gaps, strict=True)]), blocks
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    """A_k, B_k of each tap in use, bias (C,), and left-out scores (n, C) of some rows (n,), all before β."""
-
-    pairs: dict[int, Pair]
-    bias: Doubles
-    scores: Doubles
-    rows: Rows
-
-
-def _precision(error: float, lam: float) -> type[np.float32] | type[np.float64]:
-    """float32 where rounding of this relative size moves no eigenvalue of the system by much beside λ, else float64."""
-    return np.float32 if error * float(np.finfo(np.float32).eps) <= HARMLESS * lam else np.float64
-
-
-def _dual(
-    records: Records, Y: Doubles, choice: selection.Choice, groups: Array | None, rank: int | None = None
-) -> _Fitted:
-    dtype = _precision(len(Y), choice.lam)  # the largest eigenvalue of K + 1 is about T at most
-    with np.errstate(over="ignore", invalid="ignore"):
-        G = records.gram(choice.weights, dtype)
-    squares = np.diagonal(G)
-    if not np.isfinite(squares).all():
-        raise DataError(TOO_LARGE)
-    s, c = choice.scale, selection.shrinkage(np.sqrt(np.maximum(squares, 0)), choice.limit)
-    if (c == 1).all():
-        G *= dtype(s * s)
-        G += dtype(1)
-    else:
-        G *= (s * c)[:, None].astype(dtype) * (s * c).astype(dtype)
-        G += c[:, None].astype(dtype) * c.astype(dtype)
-    G[np.diag_indices_from(G)] += dtype(choice.lam)
-    factor = Factor(G)
-    targets = c[:, None] * Y
-    alpha = factor.solve(targets.astype(dtype))
-    residuals = factor.left_out(alpha, None if groups is None else blocks_of(groups))
-    scores = targets - residuals
-    weighted = c[:, None] * alpha
-    small, bias = weighted.astype(np.float32), weighted.sum(axis=0, dtype=np.float64)
-    parts = records.taps(slice(0, len(records)))
-    roots = {k: s * float(np.sqrt(w)) for k, w in enumerate(choice.weights) if w > 0}
-    W = {k: root * np.asarray(parts[k].T @ small, np.float64) for k, root in roots.items()}
-    pairs = {k: (full, np.eye(Y.shape[1])) for k, full in W.items()}
-    if rank is not None and rank < Y.shape[1]:
-        X = {k: (root * c)[:, None] * parts[k] for k, root in roots.items()}
-        pairs, reduced = reduce_rank(SampleSpace(X, c, targets, choice.lam), W, bias, rank)
-        # What the cut changes about a sample's own fit is taken for what it changes about its left-out score.
-        scores += c[:, None] * (reduced - bias)
-        for k, (A, B) in pairs.items():
-            scores += (X[k] @ A) @ B - X[k] @ W[k]
-        bias = reduced
-    pairs = {k: (roots[k] * A, B) for k, (A, B) in pairs.items()}
-    return _Fitted(pairs, bias, scores, np.arange(len(Y)))
-
-
-def _primal(
-    records: Records, Y: Doubles, choice: selection.Choice, groups: Array | None, seed: int, rank: int | None = None
-) -> _Fitted:
-    used = [k for k, w in enumerate(choice.weights) if w > 0]
-    widths = [records.spec.tap_widths[k] for k in used]
-    roots = np.repeat([np.sqrt(choice.weights[k]) for k in used], widths)
-    T, D, s = len(records), sum(widths), choice.scale
-    dtype = _precision(np.sqrt(T * min(T, CHUNK)), choice.lam)  # float32 only within a chunk, float64 between them
-    A, R = np.zeros((D + 1, D + 1)), np.zeros((D + 1, Y.shape[1]))
-
-    def clipped(which: slice | Rows, dtype: type[np.float32] | type[np.float64]) -> tuple[Array, Array]:
-        """Z (n, D+1) and the targets that go with it."""
-        parts = records.taps(which)
-        Z = np.ones((len(parts[0]), D + 1), dtype)
-        np.concatenate([parts[k] for k in used], axis=1, out=Z[:, :D])
-        Z[:, :D] *= roots.astype(dtype)
-        with np.errstate(over="ignore", invalid="ignore"):
-            norms = np.sqrt(np.einsum("ij,ij->i", Z[:, :D], Z[:, :D]))
-        if not np.isfinite(norms).all():
-            raise DataError(TOO_LARGE)
-        c = selection.shrinkage(norms, choice.limit)[:, None]
-        Z[:, :D] *= dtype(s)
-        if (c < 1).any():
-            Z *= c.astype(dtype)
-        return Z, (c * Y[which]).astype(dtype)
-
-    for rows in records.chunks():
-        Z, targets = clipped(rows, dtype)
-        A += Z.T @ Z
-        R += Z.T @ targets
-    G = A.copy()
-    G[np.diag_indices_from(G)] += choice.lam
-    V = inverse_factor(G)
-    W = V.T @ (V @ R)
-    cuts = np.cumsum([0, *widths])
-    places = {k: slice(a, b) for k, (a, b) in zip(used, itertools.pairwise(cuts.tolist()), strict=True)}
-    pairs = {k: (W[at], np.eye(Y.shape[1])) for k, at in places.items()}
-    final = W
-    if rank is not None and rank < Y.shape[1]:
-        space = FeatureSpace(A, R, places, choice.lam)
-        pairs, bias = reduce_rank(space, {k: W[at] for k, at in places.items()}, W[D], rank)
-        final = np.concatenate([*(P @ Q for P, Q in pairs.values()), bias[None]])
-    scored = _scored(T, groups, seed)
-    scores = np.empty((len(scored), Y.shape[1]))
-    for start, stop in _whole_blocks(scored, groups):
-        some = scored[start:stop]
-        Z, targets = clipped(some, np.float64)
-        e = primal_left_out(Z, targets - Z @ W, V, None if groups is None else blocks_of(groups[some]))
-        scores[start:stop] = targets - e + Z @ (final - W)
-    pairs = {k: (s * roots[places[k]][:, None] * P, Q) for k, (P, Q) in pairs.items()}
-    return _Fitted(pairs, final[D], scores, scored)
-
-
-def _scored(T: int, groups: Array | None, seed: int) -> Rows:
-    """The rows of which the primal computes left-out scores: all, or about SCORED of them in whole groups."""
-    if T <= SCORED:
-        return np.arange(T) if groups is None else np.concatenate(blocks_of(groups))
-    rng = np.random.default_rng([seed, 4])
-    if groups is None:
-        return np.sort(rng.choice(T, SCORED, replace=False))
-    blocks = blocks_of(groups)
-    chosen: list[Rows] = []
-    for i in rng.permutation(len(blocks)):
-        if chosen and sum(map(len, chosen)) + len(blocks[i]) > SCORED:
-            break
-        chosen.append(blocks[i])
-    return np.concatenate(chosen)
-
-
-def _whole_blocks(rows: Rows, groups: Array | None) -> Iterator[tuple[int, int]]:
-    """Cuts of `rows` at about CHUNK, never inside a group."""
-    if groups is None:
-        for start in range(0, len(rows), CHUNK):
-            yield start, min(start + CHUNK, len(rows))
-        return
-    labels = groups[rows]
-    ends = np.append(np.flatnonzero(labels[1:] != labels[:-1]) + 1, len(rows))
-    start = 0
-    for i, end in enumerate(ends):
-        if end - start >= CHUNK or i == len(ends) - 1:
-            yield start, int(end)
-            start = int(end)
-
-
-def _tensors(spec: NetSpec, fitted: _Fitted, beta: float, rank: int) -> dict[str, Floats]:
+def _tensors(spec: NetSpec, fitted: closed.Fitted, beta: float, rank: int) -> dict[str, Floats]:
     """The adapter's tensors; taps that are not in use are zero."""
     tensors: dict[str, Floats] = {}
     for k in range(spec.L):

@@ -1,0 +1,92 @@
+"""The gate: is the new model better than the old one, as far as these samples can tell?
+
+Both models are judged on the same samples, which neither may have learnt from: the old one because it is older, the
+new one by its left-out scores. d_i is +1 where only the new one is right, −1 where only the old one is, else 0. Then
+
+    gain       mean of d
+    error      √(B/(B−1) · Σ_b (Σ_{i∈b} d_i − n_b·gain)²) / n         samples of a block count as one
+    accepted   gain ≥ SURE · error
+
+A gain of a few samples out of few is not enough, nor a small gain among many changed minds. Two made-up samples, one
+for either side (Agresti and Min, 2005), keep the error from vanishing where all d are alike: with SURE = 2 and none
+lost, about six samples must be won, whatever their number.
+
+n samples, B blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UsageError
+from .factor import Rows, runs
+
+__all__ = ["Decision", "gate"]
+
+Array = NDArray[Any]
+
+RUNS = 32
+"""Blocks of consecutive samples where none are given."""
+
+SURE = 2.0
+"""Standard errors by which the new model must be better."""
+
+INTERVAL = 1.96
+"""Standard errors to either side of the gain: 95 %."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gate says.
+
+    Attributes:
+        accepted: whether the new model should replace the old one.
+        before, after: estimated accuracies, 0 to 1.
+        interval: 95 % confidence interval of after − before.
+    """
+
+    accepted: bool
+    before: float
+    after: float
+    interval: tuple[float, float]
+
+    @property
+    def gain(self) -> float:
+        """after − before."""
+        return self.after - self.before
+
+
+def gate(before: Array, after: Array, blocks: Sequence[Rows] | None = None, sure: float = SURE) -> Decision:
+    """Decide between the old and the new model.
+
+    Args:
+        before: (n,) bool, which samples the old model gets right.
+        after: (n,) bool, which of the same samples the new model gets right when they are left out.
+        blocks: rows that were left out together and may resemble each other, which together are all of them; None:
+            RUNS runs of consecutive samples, which is right for a stream and does no harm to shuffled samples.
+        sure: standard errors of evidence.
+
+    Raises:
+        UsageError: the two are not of one length, or there is nothing to judge by.
+    """
+    old, new = np.asarray(before, bool), np.asarray(after, bool)
+    n = len(old)
+    if old.ndim != 1 or old.shape != new.shape or n == 0:
+        raise UsageError(f"the gate needs two rows of one length, at least 1, not {list(old.shape)}, {list(new.shape)}")
+    parts = runs(n, RUNS) if blocks is None else blocks
+    if sum(len(rows) for rows in parts) != n:
+        raise UsageError(f"the blocks of the gate must hold all {n} samples, not {sum(len(rows) for rows in parts)}")
+    d = new.astype(np.float64) - old
+    sums = np.array([*(d[rows].sum() for rows in parts), 1.0, -1.0])
+    sizes = np.array([*(len(rows) for rows in parts), 1.0, 1.0])
+    gain = float(sums.sum() / sizes.sum())
+    B = len(sums)
+    error = math.sqrt(B / (B - 1) * float(((sums - gain * sizes) ** 2).sum())) / float(sizes.sum())
+    interval = max(gain - INTERVAL * error, -1.0), min(gain + INTERVAL * error, 1.0)
+    return Decision(gain >= sure * error, float(old.mean()), float(new.mean()), interval)
