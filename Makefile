@@ -52,6 +52,7 @@ $(VENV)/bin/python:
 	$(PY) -m pip install --quiet --upgrade pip
 
 $(VENV)/demo.stamp: $(SOURCES) | $(VENV)/bin/python
+	@echo "installing instantft and what the demo needs into $(VENV), compiling the core: a minute or two"
 	$(PY) -m pip install --quiet --upgrade ".[demo]"
 	@touch $@
 

@@ -647,3 +647,20 @@ def test_a_forced_instruction_set_that_is_not_there_is_an_error(
     assert status == 2
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+
+
+def test_preprocessing_of_finetune_is_kept_with_the_adapter(here: Path, run: Run) -> None:
+    """Else evaluate would quietly feed the adapter other samples than it was made for."""
+    assert run(*FINETUNE, "mine", "--mean", "0.3", "--std", "2")[0] == 0
+    evaluate = ("evaluate", "base.safetensors", "--adapter", "mine", "--data", "test.npz", "--json")
+    kept, named, other = (
+        json.loads(run(*evaluate, *more)[1])["loss"]
+        for more in ((), ("--mean", "0.3", "--std", "2"), ("--mean", "0", "--std", "1"))
+    )
+    assert kept == named != other
+    config = json.loads(Path("mine/adapter_config.json").read_text())
+    config["training"]["mean"] = "much"
+    Path("mine/adapter_config.json").write_text(json.dumps(config))
+    status, _, err = run(*evaluate)
+    assert status == 2
+    assert "mean and std must be lists of numbers, not 'much'" in err

@@ -227,3 +227,9 @@ def test_warnings() -> None:
 def test_good_data_do_not_warn(recwarn: pytest.WarningsRecorder) -> None:
     warn_if_poor(Y, 12)
     assert not recwarn.list
+
+
+def test_channels_last_is_named() -> None:
+    with pytest.raises(DataError, match=r"looks like channels last: use x.transpose\(0, 3, 1, 2\)"):
+        as_samples(np.zeros((5, 24, 24, 3), np.uint8))
+    assert as_samples(np.zeros((5, 3, 24, 4), np.uint8))[1] == (3, 24, 4)

@@ -39,7 +39,8 @@ def test_diverged_knows_its_step() -> None:
     error = ift.DivergedError(12, 0.5)
     assert error.step == 12
     assert str(error) == (
-        "the loss must stay finite, but step 12 made it NaN or Inf at lr 0.5: use a smaller --lr; nothing was replaced"
+        "the loss must stay finite, but step 12 made it NaN or Inf at lr 0.5: "
+        "use a smaller --lr, say 0.1; nothing was replaced"
     )
 
 

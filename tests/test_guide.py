@@ -38,7 +38,7 @@ def test_python_in_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     samples.base().save("base.safetensors")
     names: dict[str, Any] = {"x": x, "y": y, "x_test": x, "y_test": y, "x_new": x, "y_new": y}
     names |= {"x_old": x[[0, 5, 9]], "y_old": y[[0, 5, 9]]}
-    assert len(others) == 2
+    assert len(others) == 3
     for block in others:
         exec(block, names)
     assert ift.Adapter.load("adapter", names["base"]).rank == 4

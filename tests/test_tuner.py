@@ -312,3 +312,14 @@ def test_damaged_records_are_no_secret(tmp_path: Path) -> None:
         t = tuner(cache_file=file).fit(X, Y)
     assert t.store_ is not None
     assert t.store_.misses == 1
+
+
+def test_an_adapter_from_a_file_can_be_used(tmp_path: Path) -> None:
+    fitted = tuner().fit(X, Y)
+    fitted.adapter.save(tmp_path / "adapter")
+    loaded = tuner().use(Adapter.load(tmp_path / "adapter", BASE))
+    np.testing.assert_array_equal(loaded.predict(X), fitted.predict(X))
+    np.testing.assert_array_equal(loaded.predict_proba(X), fitted.predict_proba(X))
+    other = Network.init(BASE.spec, 77)
+    with pytest.raises(MismatchError, match=other.hash):
+        FineTuner(other).use(loaded.adapter)

@@ -16,12 +16,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from .errors import EngineError, InstantFTError, UsageError
+from .errors import EngineError, FileError, InstantFTError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -286,7 +287,9 @@ def pretrain(
 @_preprocessing_options("that of BASE")
 @_engine_option
 @_history_option
-@click.option("--force", is_flag=True, help="Keep the new adapter whatever comes out. Nothing is turned down yet.")
+@click.option(
+    "--force", is_flag=True, help="Keep the new adapter even where it looks worse. Today every adapter is kept."
+)
 @_json_option
 def finetune(
     base: str,
@@ -351,7 +354,10 @@ def finetune(
 
         tuner.fit_prepared(samples.x, samples.labels, progress=bar.update, filling=filling)
     after = _accuracy(chosen, network, tuner.adapter, test, threads) if test else None
-    tuner.adapter.save(out)
+    adapter = tuner.adapter
+    if (means, stds) != (tuple(network.mean), tuple(network.std)):  # then whoever uses the adapter must do the same
+        adapter = replace(adapter, config={**adapter.config, "mean": list(means), "std": list(stds)})
+    adapter.save(out)
 
     fitted, store = tuner.result_, tuner.store_
     result: dict[str, Any] = {
@@ -388,8 +394,9 @@ def finetune(
         f"{method}: {tuner.adapter.parameters:,} trainable parameters, {len(samples.x):,} samples, "
         f"{tuner.epochs} epochs, {fitted.steps:,} steps"
     )
+    click.echo(f"loss     {result['loss']:.4f} over the last epoch")
     if test:
-        click.echo(f"accuracy {_percent(before)} → {_percent(after)}")
+        click.echo(f"accuracy {_percent(before)} → {_percent(after)} on {eval_path}")
     click.echo(f"time     {_time(s.total)} ({_time(s.fill)} filling the cache, {_time(s.train)} training)")
     if store:
         click.echo(
@@ -660,11 +667,24 @@ def _values(option: str, text: str | None) -> tuple[float, ...]:
         raise UsageError(f"{option} must be numbers with commas between them, not {text!r:.60}") from None
 
 
-def _preprocessing(network: Network, mean: str | None, std: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _preprocessing(
+    network: Network, mean: str | None, std: str | None, adapter: Adapter | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What to take off samples and divide them by: the options, else what the adapter was made with, else the base."""
     from .backbones.builtin import check_preprocessing
 
-    means = network.mean if mean is None else _values("--mean", mean)
-    stds = network.std if std is None else _values("--std", std)
+    kept = adapter.config if adapter is not None else {}
+    try:
+        made = [
+            tuple(float(v) for v in kept.get(name, of)) for name, of in (("mean", network.mean), ("std", network.std))
+        ]
+    except (TypeError, ValueError):
+        raise FileError(
+            f"an adapter's mean and std must be lists of numbers, not {str(kept.get('mean'))[:40]!r} "
+            f"and {str(kept.get('std'))[:40]!r}"
+        ) from None
+    means = made[0] if mean is None else _values("--mean", mean)
+    stds = made[1] if std is None else _values("--std", std)
     return check_preprocessing(means, stds, network.spec.input_shape)
 
 
@@ -696,7 +716,7 @@ def _forward(
     sgd.check_arguments(threads=threads)
     network = load_base(base)
     adapter = Adapter.load(adapter_path, network) if adapter_path else None
-    means, stds = _preprocessing(network, mean, std)
+    means, stds = _preprocessing(network, mean, std, adapter)
     samples = load_samples(data, network.spec, means, stds, labels=labels)
     chosen = _engine(engine)
     return network, chosen, samples, _logits(chosen, network, adapter, samples, threads)

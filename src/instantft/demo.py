@@ -6,6 +6,9 @@ Everything made on the way is left in a directory, so that a reader can go on fr
 from __future__ import annotations
 
 import io
+import os
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -182,12 +185,13 @@ def run_demo(
     picture_path = out / "time-against-accuracy.png"
     files.write_whole(picture_path, picture(rows, before, upright), "a picture")
     elapsed = time.perf_counter() - began
+    program = _program()
     say(
         f"\n4. All of it took {elapsed:.0f} s. The picture is {picture_path}. Go on with:\n\n"
-        f"   instantft evaluate {base_path} --adapter {adapter_path} --data {out / 'test.npz'}\n"
-        f"   instantft finetune {base_path} --data {out / 'finetune.npz'} --eval {out / 'test.npz'} "
+        f"   {program} evaluate {base_path} --adapter {adapter_path} --data {out / 'test.npz'}\n"
+        f"   {program} finetune {base_path} --data {out / 'finetune.npz'} --eval {out / 'test.npz'} "
         f"--lr {LR} --epochs {EPOCHS} --cache relu4 --out {out / 'mine'}\n"
-        f"   instantft inspect  {base_path}"
+        f"   {program} inspect  {base_path}"
     )
     return {
         "accuracy_upright": upright,
@@ -200,6 +204,14 @@ def run_demo(
         "seconds": elapsed,
         "engine": engine.name,
     }
+
+
+def _program() -> str:
+    """What to type to run instantft again: it may live in an environment that is not on the PATH."""
+    here = Path(sys.argv[0])
+    if shutil.which("instantft") or here.name != "instantft":
+        return "instantft"
+    return os.path.relpath(here)
 
 
 def _contest(

@@ -60,5 +60,5 @@ class DivergedError(InstantFTError, ArithmeticError):
         self.step = step
         super().__init__(
             f"the loss must stay finite, but step {step} made it NaN or Inf at lr {lr:g}: "
-            "use a smaller --lr; nothing was replaced"
+            f"use a smaller --lr, say {lr / 5:g}; nothing was replaced"
         )

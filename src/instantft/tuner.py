@@ -237,6 +237,18 @@ class FineTuner:
         self.history_ = {key: before[key] + more[key] for key in before}
         return self
 
+    def use(self: Self, adapter: Adapter) -> Self:
+        """Predict with `adapter`, as if `fit` had just made it; `partial_fit` goes on from it where it fits.
+
+        Raises:
+            MismatchError: it was made on another network; both hashes are named.
+        """
+        adapter.check_base(self.base)
+        self.adapter_ = adapter
+        self.classes_ = np.arange(self.base.spec.C)
+        self.n_features_in_ = self.base.spec.tap_widths[0]
+        return self
+
     def decision_function(self, x: ArrayLike) -> Floats:
         """Logits (T, C) float32."""
         adapter = self.adapter

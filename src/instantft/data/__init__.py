@@ -104,6 +104,11 @@ def as_samples(
         )
     if values.size == 0:
         raise DataError(f"{name} must hold at least one sample of at least one value, not {list(values.shape)}")
+    if spec is None and values.ndim == 4 and values.shape[3] in (1, 3, 4) and values.shape[1] not in (1, 3, 4):
+        raise DataError(
+            f"{name} must be (T, channels, height, width), not {list(values.shape)}, which looks like channels last: "
+            f"use {name}.transpose(0, 3, 1, 2)"
+        )
     T = values.shape[0]
     shape = values.shape[1:] if values.ndim != 3 else (1, *values.shape[1:])
     if spec is not None:
