@@ -20,17 +20,21 @@ def counted(won: int, lost: int, same: int) -> Decision:
 
 
 @pytest.mark.parametrize("same", [30, 100, 1000])
-def test_six_won_and_none_lost_is_enough(same: int) -> None:
+def test_few_won_and_none_lost(same: int) -> None:
     assert counted(6, 0, same).accepted
-    assert not counted(4, 0, same).accepted
     assert not counted(0, 0, same).accepted
     assert not counted(0, 6, same).accepted
 
 
+def test_few_samples_need_a_large_gain() -> None:
+    assert not counted(3, 0, 27).accepted
+    assert not counted(4, 1, 25).accepted
+    assert counted(5, 0, 25).accepted
+
+
 def test_many_changed_minds_need_more() -> None:
-    assert not counted(56, 50, 900).accepted
-    assert not counted(66, 50, 900).accepted
-    assert counted(75, 50, 900).accepted
+    assert not counted(54, 50, 900).accepted
+    assert counted(62, 50, 900).accepted
 
 
 def test_numbers() -> None:
@@ -59,10 +63,10 @@ def test_always_a_sensible_answer(n: int, seed: int, p: float, q: float) -> None
 
 @pytest.mark.parametrize("n", [30, 300])
 def test_error_rate(n: int) -> None:
-    """Models equally good: accepted in about the 2.3 % that two standard errors stand for."""
+    """A new model that is worse by three points is accepted in 5 % or less."""
     rng = np.random.default_rng(0)
-    wrongly = sum(gate(rng.random(n) < 0.8, rng.random(n) < 0.8).accepted for _ in range(2000))
-    assert wrongly / 2000 < 0.03
+    wrongly = sum(gate(rng.random(n) < 0.8, rng.random(n) < 0.77).accepted for _ in range(2000))
+    assert wrongly / 2000 < 0.05
 
 
 def test_interval_covers() -> None:
@@ -82,8 +86,8 @@ def test_samples_that_resemble_each_other_count_as_one() -> None:
         before, after = (np.repeat(rng.random(16) < 0.8, 20) for _ in range(2))
         naive += gate(before, after, [np.array([i]) for i in range(320)]).accepted
         blocked += gate(before, after, runs(320, 16)).accepted
-    assert naive > 100
-    assert blocked < 25
+    assert naive > 120
+    assert blocked < 40
 
 
 def test_wrong_use() -> None:

@@ -5,11 +5,10 @@ new one by its left-out scores. d_i is +1 where only the new one is right, −1 
 
     gain       mean of d
     error      √(B/(B−1) · Σ_b (Σ_{i∈b} d_i − n_b·gain)²) / n         samples of a block count as one
-    accepted   gain ≥ SURE · error
+    accepted   gain > 0 and gain + TOLERATED ≥ SURE · error
 
-A gain of a few samples out of few is not enough, nor a small gain among many changed minds. Two made-up samples, one
-for either side (Agresti and Min, 2005), keep the error from vanishing where all d are alike: with SURE = 2 and none
-lost, about six samples must be won, whatever their number.
+so that the new model is more likely better than not, and with 95 % not worse by more than a point. Two made-up samples,
+one for either side (Agresti and Min, 2005), keep the error from vanishing where all d are alike.
 
 n samples, B blocks.
 """
@@ -34,8 +33,11 @@ Array = NDArray[Any]
 RUNS = 32
 """Blocks of consecutive samples where none are given."""
 
-SURE = 2.0
-"""Standard errors by which the new model must be better."""
+TOLERATED = 0.01
+"""Accuracy that may be lost if the estimate is unlucky."""
+
+SURE = 1.645
+"""Standard errors that unluckiness is measured by: 95 %, one-sided."""
 
 INTERVAL = 1.96
 """Standard errors to either side of the gain: 95 %."""
@@ -62,7 +64,7 @@ class Decision:
         return self.after - self.before
 
 
-def gate(before: Array, after: Array, blocks: Sequence[Rows] | None = None, sure: float = SURE) -> Decision:
+def gate(before: Array, after: Array, blocks: Sequence[Rows] | None = None) -> Decision:
     """Decide between the old and the new model.
 
     Args:
@@ -70,7 +72,6 @@ def gate(before: Array, after: Array, blocks: Sequence[Rows] | None = None, sure
         after: (n,) bool, which of the same samples the new model gets right when they are left out.
         blocks: rows that were left out together and may resemble each other, which together are all of them; None:
             RUNS runs of consecutive samples, which is right for a stream and does no harm to shuffled samples.
-        sure: standard errors of evidence.
 
     Raises:
         UsageError: the two are not of one length, or there is nothing to judge by.
@@ -89,4 +90,4 @@ def gate(before: Array, after: Array, blocks: Sequence[Rows] | None = None, sure
     B = len(sums)
     error = math.sqrt(B / (B - 1) * float(((sums - gain * sizes) ** 2).sum())) / float(sizes.sum())
     interval = max(gain - INTERVAL * error, -1.0), min(gain + INTERVAL * error, 1.0)
-    return Decision(gain >= sure * error, float(old.mean()), float(new.mean()), interval)
+    return Decision(gain > 0 and gain + TOLERATED >= SURE * error, float(old.mean()), float(new.mean()), interval)
