@@ -1,0 +1,101 @@
+"""A step size for SGD from the cache alone, so that training does not diverge unless it is asked to.
+
+Where the frozen part is frozen, the output is linear in what is trained last: y = c + Σ h_i·B with fixed features h_i
+(h = [x^k·A_k] at the start of LoRA, [x^{L-1} | 1] for FT-Last). The Hessian of cross-entropy is then at most half the
+features' second moment, and SGD with batches of B is stable up to
+
+    lr < 4 / M,      M = (1 − 1/B)·λ_max(HᵀH / T) + max_i ‖h_i‖² / B,
+
+where the second term is what a batch may see that the average does not. λ_max comes from power iteration. Momentum μ
+moves further by 1/(1 − μ). A LoRA's features grow as A is trained too, so it gets a smaller share of the bound than a
+map that is linear for good (SHARE; docs/decisions/step.md has the measurements).
+
+T samples, B batch size, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..adapters import initial
+from ..errors import UsageError
+from ..methods import Method, connections
+from .records import Records, subset
+
+__all__ = ["default_lr", "features", "largest_eigenvalue"]
+
+Array = NDArray[Any]
+Doubles = NDArray[np.float64]
+
+SHARE = {"linear": 2.0, "bilinear": 0.5}
+"""lr·M: half and an eighth of the bound."""
+
+MOST = 1024
+"""Samples that are looked at."""
+
+LARGEST = 1.0
+"""The step where features are nearly zero and the bound says nothing."""
+
+ITERATIONS, SETTLED = 100, 1e-4
+
+
+def largest_eigenvalue(H: Array) -> float:
+    """λ_max of HᵀH / T by power iteration, for H (T, n).
+
+    From the sum of the rows, which for features that are mostly positive is nearly the answer.
+    """
+    H = np.asarray(H, np.float64)
+    rng = np.random.default_rng(0)
+    v = H.sum(axis=0) + 1e-3 * np.abs(H).mean() * rng.standard_normal(H.shape[1])
+    value = 0.0
+    for _ in range(ITERATIONS):
+        norm = float(np.linalg.norm(v))
+        if norm == 0:
+            return 0.0
+        v = H.T @ (H @ (v / norm)) / len(H)
+        last, value = value, float(np.linalg.norm(v))
+        if abs(value - last) <= SETTLED * value:
+            break
+    return value
+
+
+def features(records: Records, method: Method, rank: int, seed: int) -> Doubles:
+    """H (n, ·) of at most MOST samples: what the method's first step is linear in.
+
+    Raises:
+        UsageError: the method changes the frozen activations, so that the cache does not tell.
+    """
+    if not method.cacheable:
+        raise UsageError(f"a step size from the cache needs a method that leaves it valid, not {method.name}")
+    rows, _ = subset(len(records), MOST, seed)
+    taps = records.taps(rows)
+    spec = records.spec
+    if method.adapters == "none":
+        return np.concatenate([taps[-1], np.ones((len(rows), 1))], axis=1, dtype=np.float64)
+    start = initial(method, spec, rank, seed)
+    parts = [taps[i] @ start[f"lora.{i}-{j}.A"] for i, j in connections(method, spec.L)]
+    return np.concatenate(parts, axis=1, dtype=np.float64)
+
+
+def default_lr(
+    records: Records, method: Method, *, rank: int = 4, batch_size: int = 20, momentum: float = 0.0, seed: int = 0
+) -> float:
+    """The learning rate for a method on these records.
+
+    Args:
+        records: of the fine-tuning set.
+        method: a row of `methods.METHODS` that leaves records valid.
+        rank, seed: of the adapters' start.
+        batch_size, momentum: of SGD.
+
+    Raises:
+        UsageError: see `features`.
+    """
+    H = features(records, method, rank, seed)
+    B = max(1, min(batch_size, len(records)))
+    M = (1 - 1 / B) * largest_eigenvalue(H) + float(np.einsum("ij,ij->i", H, H).max()) / B
+    share = SHARE["linear" if method.adapters == "none" else "bilinear"]
+    return min(share * (1 - momentum) / M, LARGEST) if M > 0 else LARGEST
