@@ -44,7 +44,7 @@ def features(engine: Engine, base: Network, x: np.ndarray, result: RidgeResult) 
     """Z of ridge.py's header, (T, D+1) float64, without its zero columns' help."""
     rows = engine.records(base.spec, base.tensors, x)
     parts = [x, *(rows[:, s.offset : s.offset + s.size] for s in base.spec.record.segments[:-1])]
-    parts = [np.sqrt(w) * result.scale * p.astype(np.float64) for w, p in zip(result.weights, parts, strict=True)]
+    parts = [np.sqrt(w) * result.choice.scale * p.astype(np.float64) for w, p in zip(result.weights, parts, strict=True)]
     return np.concatenate([*parts, np.ones((len(x), 1))], axis=1)
 
 

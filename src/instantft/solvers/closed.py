@@ -37,7 +37,7 @@ SCORED = 4096
 """Most samples for which the primal computes left-out scores; the dual has them for all."""
 
 LONGEST = 16
-"""Longest run of consecutive samples that is left out together; docs/decisions/ridge.md."""
+"""Longest run of consecutive samples that is left out together; docs/decisions/0005-ridge.md."""
 
 TOO_LARGE = "records must be finite and small enough to be squared, not NaN, Inf or above about 1e18"
 

@@ -62,9 +62,7 @@ class RidgeResult:
     Attributes:
         adapter: the adapter, method ``skip-ridge``.
         seconds: the time it took, as `sgd.Seconds`.
-        lam: λ.
-        weights: (L,) w_k of each tap; 0: not used.
-        scale: s, by which all taps were multiplied.
+        choice: λ, weights of the taps, scale and limit.
         temperature: β, folded into the adapter.
         space: which system was solved.
         rows: (n,) rows of x.
@@ -77,9 +75,7 @@ class RidgeResult:
 
     adapter: Adapter
     seconds: Seconds
-    lam: float
-    weights: tuple[float, ...]
-    scale: float
+    choice: selection.Choice
     temperature: Temperature
     space: Literal["dual", "primal"]
     rows: Rows = field(repr=False)
@@ -88,6 +84,16 @@ class RidgeResult:
     loo_scores: Floats = field(repr=False)
     block_scores: Floats = field(repr=False)
     frozen_scores: Floats = field(repr=False)
+
+    @property
+    def lam(self) -> float:
+        """λ."""
+        return self.choice.lam
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """(L,) w_k of each tap; 0: not used."""
+        return self.choice.weights
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -211,9 +217,7 @@ def fit_ridge(
     return RidgeResult(
         adapter,
         Seconds(filled - began, done - filled),
-        choice.lam,
-        choice.weights,
-        choice.scale,
+        choice,
         beta,
         space,
         judge.rows,

@@ -8,7 +8,7 @@ features' second moment, and SGD with batches of B is stable up to
 
 where the second term is what a batch may see that the average does not. λ_max comes from power iteration. Momentum μ
 moves further by 1/(1 − μ). A LoRA's features grow as A is trained too, so it gets a smaller share of the bound than a
-map that is linear for good (SHARE; docs/decisions/step.md has the measurements).
+map that is linear for good (SHARE; docs/decisions/0006-default-step.md has the measurements).
 
 T samples, B batch size, R rank.
 """

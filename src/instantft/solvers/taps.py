@@ -39,7 +39,7 @@ Doubles = NDArray[np.float64]
 LADDER = ((1.0, 1.0), (0.3, 0.3), (0.03, 0.0))
 """Weights to choose from, as (δ, ρ) of `ladder_weights`: from all taps alike to the raw input and a trace of x^1.
 
-The deeper a tap, the more it was made for the data before the drift. docs/decisions/ridge.md has the measurements."""
+The deeper a tap, the more it was made for the data before the drift. Measured: docs/decisions/0005-ridge.md."""
 
 MARGIN = 1.5
 """Standard errors by which a rung may be worse than the best."""
