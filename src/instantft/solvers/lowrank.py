@@ -30,7 +30,7 @@ Pair = tuple[Doubles, Doubles]
 """A (N, R) and B (R, C)."""
 
 SWEEPS = 2
-"""Rounds over all taps; more bring nothing measurable (docs/decisions/ridge.md)."""
+"""Rounds over all taps; more bring nothing measurable (docs/decisions/0005-ridge.md)."""
 
 
 class Space(Protocol):
