@@ -41,8 +41,9 @@ LADDER = ((1.0, 1.0), (0.3, 0.3), (0.03, 0.0))
 
 The deeper a tap, the more it was made for the data before the drift. Measured: docs/decisions/0005-ridge.md."""
 
-MARGIN = 1.5
-"""Standard errors by which a rung may be worse than the best."""
+MARGIN, ENOUGH = 1.5, 256
+"""Standard errors by which a rung may be worse than the best, given that many samples; with fewer, which tell little
+about any rung, proportionally less."""
 
 SURE = 3.0
 """Standard errors above which a rung is given up after a first look at few samples."""
@@ -203,7 +204,8 @@ def choose(few: Sample, many: Callable[[], Sample] | None = None) -> Choice:
         if len(tried) > 1:
             few = many()
             tried = {w: (lam, block_loss(few, w, lam)) for w, (lam, _) in tried.items()}
-    last = _no_worse({w: loss for w, (_, loss) in tried.items()}, few.blocks, MARGIN)[-1]
+    margin = MARGIN * min(1.0, len(few.Y) / ENOUGH)
+    last = _no_worse({w: loss for w, (_, loss) in tried.items()}, few.blocks, margin)[-1]
     made = system(few.grams, last)
     return Choice(tried[last][0], last, made.scale, made.limit)
 
