@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instantft.errors import UsageError
-from instantft.solvers.calibration import expected_calibration_error, fit_temperature, log_loss, softmax
+from instantft.solvers.calibration import expected_calibration_error, fit_mixture, fit_temperature, log_loss, softmax
 
 
 def drawn(T: int, beta: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -70,6 +70,39 @@ def test_bad_scores() -> None:
         fit_temperature(np.zeros((2, 2)), np.array([0]))
     with pytest.raises(UsageError, match="of one length, at least 1"):
         fit_temperature(np.zeros((0, 2)), np.array([], int))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), T=st.integers(2, 60), scale=st.sampled_from([1e-3, 1.0, 1e3]))
+def test_mixture_is_the_minimum(seed: int, T: int, scale: float) -> None:
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 3, T)
+    z, c = (rng.normal(size=(T, 3)) + strength * np.eye(3)[y] for strength in rng.uniform(0, 2, 2))
+    c *= scale
+    beta, gain = (float(v) for v in fit_mixture(z, c, y))
+    share = 1 / (T + 1)
+
+    def loss(b: float, g: float) -> float:
+        logits = b * z + g * c
+        uniform = np.mean([log_loss(logits, np.full(T, k)) for k in range(3)], axis=0)
+        return float(((1 - share) * log_loss(logits, y) + share * uniform).mean())
+
+    found = loss(beta, gain)
+    assert found <= loss(float(fit_temperature(z, y)), 0) + 1e-6
+    for b in (0.8 * beta, beta, 1.2 * beta):
+        for g in (0.8 * gain, gain, 1.2 * gain, gain + 0.1 / scale):
+            assert found <= loss(b, g) + 1e-4
+
+
+def test_mixture_with_a_useless_network() -> None:
+    z, y = drawn(500, 10.0)
+    beta, gain = fit_mixture(z, np.zeros_like(z), y)
+    assert float(beta) == pytest.approx(float(fit_temperature(z, y)), rel=1e-3)
+    assert gain == 0
+    _, gain = fit_mixture(z, -np.eye(5)[y], y)
+    assert gain == 0
+    with pytest.raises(UsageError, match=r"logits must be finite, \[500, 5\], not \[2, 5\]"):
+        fit_mixture(z, z[:2], y)
 
 
 def test_calibration_error_by_hand() -> None:

@@ -18,7 +18,7 @@ from instantft.solvers import closed, ridge, taps
 from instantft.solvers.calibration import softmax
 from instantft.solvers.records import Records
 from instantft.solvers.ridge import METHOD, RidgeResult, fit_ridge
-from instantft.spec import NetSpec, dnn, lenet5
+from instantft.spec import LayerSpec, NetSpec, dnn, lenet5
 from tests import samples
 from tests.nets import NETS, samples_for, tensors_for
 
@@ -44,7 +44,9 @@ def features(engine: Engine, base: Network, x: np.ndarray, result: RidgeResult) 
     """Z of ridge.py's header, (T, D+1) float64, without its zero columns' help."""
     rows = engine.records(base.spec, base.tensors, x)
     parts = [x, *(rows[:, s.offset : s.offset + s.size] for s in base.spec.record.segments[:-1])]
-    parts = [np.sqrt(w) * result.choice.scale * p.astype(np.float64) for w, p in zip(result.weights, parts, strict=True)]
+    parts = [
+        np.sqrt(w) * result.choice.scale * p.astype(np.float64) for w, p in zip(result.weights, parts, strict=True)
+    ]
     return np.concatenate([*parts, np.ones((len(x), 1))], axis=1)
 
 
@@ -63,8 +65,9 @@ def test_adapter_is_what_the_equations_say(engine: Engine, net: str, chosen: str
     W = np.linalg.solve(Z.T @ Z + result.lam * np.eye(Z.shape[1]), Z.T @ Y)
     new, _ = samples_for(base.spec, 20, seed=1)
     expected = float(result.temperature) * features(engine, base, new, result) @ W
+    expected += result.gain * engine.forward(base.spec, base.tensors, new)
     close(predicted(engine, base, result, new), expected, SAME)
-    assert result.adapter.tensors["output.gain"] == 0
+    assert result.adapter.tensors["output.gain"] == np.float32(result.gain)
     assert result.taps == tuple(k for k, w in enumerate(result.weights) if w)
 
 
@@ -86,11 +89,12 @@ def test_left_out_scores_are_those_of_fitting_again(T: int, grouped: bool, monke
     c = np.minimum(1, limit / norms)[:, None]
     assert (c < 1).sum() == 1
     Z, Y = c * Z, c * np.eye(3)[y]
+    frozen = engine.forward(base.spec, base.tensors, x)
 
     def left_out(rows: np.ndarray) -> np.ndarray:
         kept = np.setdiff1d(np.arange(T), rows)
         W = np.linalg.solve(Z[kept].T @ Z[kept] + result.lam * np.eye(Z.shape[1]), Z[kept].T @ Y[kept])
-        return float(result.temperature) * Z[rows] @ W
+        return float(result.temperature) * Z[rows] @ W + result.gain * frozen[rows]
 
     assert sorted(result.rows.tolist()) == list(range(T))
     alone = np.concatenate([left_out(result.rows[[i]]) for i in range(T)])
@@ -230,12 +234,37 @@ def test_rank(engine: Engine, rank: int) -> None:
     full = fit_ridge(engine, base, x, y)
     assert result.adapter.rank == rank
     assert result.adapter.tensors["lora.0-5.A"].shape == (base.spec.tap_widths[0], rank)
-    logits, wanted = (predicted(engine, base, r, x) / float(r.temperature) for r in (result, full))
+    frozen = engine.forward(base.spec, base.tensors, x)
+    logits, wanted = ((predicted(engine, base, r, x) - r.gain * frozen) / float(r.temperature) for r in (result, full))
     if rank >= base.spec.C:
         close(logits, wanted, SAME)
     else:
         assert np.linalg.matrix_rank(result.adapter.tensors["lora.0-5.B"]) == rank
         assert result.loo_scores.shape == full.loo_scores.shape
+
+
+def test_a_frozen_network_that_is_right_is_kept() -> None:
+    """Few samples in many dimensions, and a base that knows: the mixture must not fall below either by much."""
+    engine = get_engine("reference")
+    spec = NetSpec((30,), (LayerSpec("fc", 3),))
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(30, 3)).astype(np.float32)
+    base = Network(spec, {"layers.0.weight": truth, "layers.0.bias": np.zeros(3, np.float32)})
+
+    def drawn(T: int) -> tuple[np.ndarray, np.ndarray]:
+        x = rng.normal(size=(T, 30)).astype(np.float32)
+        return x, (x @ truth).argmax(axis=1).astype(np.int32)
+
+    x, y = drawn(40)
+    new, labels = drawn(1000)
+    result = fit_ridge(engine, base, x, y)
+    assert result.gain > 0
+    assert (predicted(engine, base, result, new).argmax(axis=1) == labels).mean() > 0.95
+    misled = Network(spec, {**base.tensors, "layers.0.weight": truth[:, [1, 2, 0]]})
+    x, y = drawn(500)
+    result = fit_ridge(engine, misled, x, y)
+    assert result.gain == 0
+    assert (predicted(engine, misled, result, new).argmax(axis=1) == labels).mean() > 0.85
 
 
 # -- data made to break it -------------------------------------------------------------------------------------------
@@ -406,4 +435,5 @@ def test_lenet(engine: Engine) -> None:
     alpha = np.linalg.solve(Z @ Z.T + result.lam * np.eye(50), np.eye(10)[y])
     new, _ = samples_for(base.spec, 20, seed=1)
     expected = float(result.temperature) * features(engine, base, new, result) @ (Z.T @ alpha)
+    expected += result.gain * engine.forward(base.spec, base.tensors, new)
     close(predicted(engine, base, result, new), expected, SAME)

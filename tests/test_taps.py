@@ -116,9 +116,9 @@ def test_weights_of_the_ladder() -> None:
 def test_samples_of_a_block_count_as_one() -> None:
     """A difference that is the same for all samples of a block is no surer for there being many of them."""
     each = RNG.normal(size=32) + 0.3
-    alone = taps._excess(each, [np.array([i]) for i in range(32)])
+    alone = taps.excess(each, [np.array([i]) for i in range(32)])
     blocks = [np.arange(8 * i, 8 * i + 8) for i in range(32)]
-    assert taps._excess(np.repeat(each, 8), blocks) == pytest.approx(alone)
+    assert taps.excess(np.repeat(each, 8), blocks) == pytest.approx(alone)
 
 
 @pytest.mark.parametrize("T", [1, 5, 31, 32, 33, 100, 256, 257, 300, 1000, 1024, 5000])

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import UsageError
 
-__all__ = ["Temperature", "expected_calibration_error", "fit_temperature", "log_loss", "softmax"]
+__all__ = ["Temperature", "expected_calibration_error", "fit_mixture", "fit_temperature", "log_loss", "softmax"]
 
 Array = NDArray[Any]
 Labels = NDArray[np.integer[Any]]
@@ -94,6 +94,62 @@ def fit_temperature(scores: Array, y: Labels) -> Temperature:
             break
         beta = new
     return Temperature(beta)
+
+
+def fit_mixture(scores: Array, frozen: Array, y: Labels) -> tuple[Temperature, float]:
+    """β and gain of the logits β·z + gain·c, by maximum likelihood as in `fit_temperature`; neither is negative.
+
+    Where the drift is mild, what the frozen network says is still worth something, and where samples are few it is
+    worth more than what they teach. The loss is convex in both; Newton's steps are cut in half until they descend.
+
+    Args:
+        scores: z (T, C), of samples that the scores' model has not seen.
+        frozen: c (T, C), the frozen network's logits of the same samples.
+        y: (T,) labels.
+
+    Raises:
+        UsageError: see `fit_temperature`.
+    """
+    beta = fit_temperature(scores, y)
+    c = np.asarray(frozen, np.float64)
+    if c.shape != np.shape(scores) or not np.isfinite(c).all():
+        raise UsageError(f"the frozen network's logits must be finite, {list(np.shape(scores))}, not {list(c.shape)}")
+    parts = [np.asarray(scores, np.float64), c]
+    parts = [part - part.mean(axis=1, keepdims=True) for part in parts]
+    spread = [max(float(np.sqrt(np.mean(part * part))), 1e-12) for part in parts]
+    parts = [part / size for part, size in zip(parts, spread, strict=True)]  # so that both numbers are of order 1
+    T = len(c)
+    wanted = np.array([(1 - 1 / (T + 1)) * part[np.arange(T), y].mean() for part in parts])
+
+    def loss(theta: NDArray[np.float64]) -> float:
+        logits = theta[0] * parts[0] + theta[1] * parts[1]
+        top = logits.max(axis=1)
+        return float((np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top).mean() - theta @ wanted)
+
+    theta = np.array([float(beta) * spread[0], 0.0])
+    now = loss(theta)
+    for _ in range(STEPS):
+        p = softmax(theta[0] * parts[0] + theta[1] * parts[1])
+        means = [np.einsum("ij,ij->i", p, part) for part in parts]
+        slope = np.array([mean.mean() for mean in means]) - wanted
+        H = np.array(
+            [[np.einsum("ij,ij,ij->", p, a, b) / T - (m * n).mean() for b, n in zip(parts, means, strict=True)]
+             for a, m in zip(parts, means, strict=True)]
+        )  # fmt: skip
+        moving = (theta > 0) | (slope < 0)
+        step = np.zeros(2)
+        step[moving] = np.linalg.solve((H + 1e-9 * np.eye(2))[np.ix_(moving, moving)], slope[moving])
+        share, best = 1.0, now
+        while share > 1e-4:
+            new = np.maximum(theta - share * step, 0)
+            best = loss(new)
+            if best <= now:
+                break
+            share /= 2
+        if not best < now - TOLERANCE * abs(now):
+            break
+        theta, now = new, best
+    return Temperature(max(theta[0], LOWEST) / spread[0]), float(theta[1] / spread[1])
 
 
 def expected_calibration_error(probabilities: Array, y: Labels, bins: int = 15) -> float:

@@ -7,9 +7,9 @@ in the dual where T < D,   (K + 1 + λI)·α = Y,  K = s²·Σ_k w_k·X_k·X_k�
 in the primal otherwise,   (ZᵀZ + λI)·W = ZᵀY, streamed over chunks of samples
 
 s makes the mean norm of a record 1; records beyond 3 median norms are shrunk (`taps.system`). λ and the weights w of
-the taps (`taps.choose`) are found on a few hundred samples by exact leave-one-out; the temperature β (`calibration`) on
-scores of left-out samples. What comes out is an adapter of the general form y = gain·c + Σ x^k·A_k·B_k + bias, with
-gain 0, A_k·B_k = β·W_k, so that evaluation, prediction and export have no second path.
+the taps (`taps.choose`) are found on a few hundred samples by exact leave-one-out; the temperature β and the gain on
+the frozen output (`calibration`) on scores of left-out samples. What comes out is an adapter of the general form
+y = gain·c + Σ x^k·A_k·B_k + bias, with A_k·B_k = β·W_k, so that evaluation, prediction and export have no second path.
 
 This file says what is solved; `taps` chooses, `closed` solves, `gate` judges.
 T samples, L taps, N_k their widths, D = ΣN_k, C outputs.
@@ -33,7 +33,7 @@ from ..errors import DataError, UsageError
 from ..spec import NetSpec
 from . import closed
 from . import taps as selection
-from .calibration import Temperature, expected_calibration_error, fit_temperature, softmax
+from .calibration import Temperature, expected_calibration_error, fit_mixture, fit_temperature, log_loss, softmax
 from .factor import Rows, blocks_of
 from .gate import Decision, gate
 from .lowrank import padded
@@ -48,6 +48,9 @@ Array = NDArray[Any]
 
 FEW, MANY = 256, 512
 """Samples on which λ and the weights of the taps are found, and those that decide between weights that are close."""
+
+HELPS = 1.0
+"""Standard errors by which the log loss of left-out blocks must fall for the frozen output to be mixed in."""
 
 MAX_SYSTEM = 20_000
 """Largest system that is factorised, in rows: 3.2 GB in float64."""
@@ -64,6 +67,7 @@ class RidgeResult:
         seconds: the time it took, as `sgd.Seconds`.
         choice: λ, weights of the taps, scale and limit.
         temperature: β, folded into the adapter.
+        gain: of the frozen network's output; 0 where it does not help.
         space: which system was solved.
         rows: (n,) rows of x.
         labels: (n,) their labels.
@@ -77,6 +81,7 @@ class RidgeResult:
     seconds: Seconds
     choice: selection.Choice
     temperature: Temperature
+    gain: float
     space: Literal["dual", "primal"]
     rows: Rows = field(repr=False)
     labels: NDArray[np.int32] = field(repr=False)
@@ -129,7 +134,7 @@ class RidgeResult:
         return gate(old.argmax(axis=1) == self.labels, right, self.blocks)
 
 
-def _accuracy(scores: Floats, labels: NDArray[np.int32]) -> float:
+def _accuracy(scores: Array, labels: NDArray[np.int32]) -> float:
     return float((scores.argmax(axis=1) == labels).mean())
 
 
@@ -199,33 +204,35 @@ def fit_ridge(
     else:
         judge = closed.judged(T, groups, closed.SCORED, seed)
         fitted = closed.primal(records, Y, choice, judge, rank)
-    labels = y[judge.rows]
-    beta = fit_temperature(fitted.blocked, labels)
+    labels, frozen = y[judge.rows], records.frozen(judge.rows)
+    beta, gain = _logits(fitted.blocked, frozen, labels, judge.blocks)
     R = spec.C if rank is None else int(rank)
     config = {
         "samples": T,
         "lambda": choice.lam,
         "taps": [float(w) for w in choice.weights],
         "temperature": float(beta),
+        "gain": gain,
         "space": space,
         "seed": int(seed),
         "cache": None if store is None else store.codec.name,
         "engine": engine.name,
     }
-    adapter = Adapter(METHOD, R, spec, base.hash, _tensors(spec, fitted, float(beta), R), config)
+    adapter = Adapter(METHOD, R, spec, base.hash, _tensors(spec, fitted, float(beta), gain, R), config)
     done = time.perf_counter()
     return RidgeResult(
         adapter,
         Seconds(filled - began, done - filled),
         choice,
         beta,
+        gain,
         space,
         judge.rows,
         labels,
         judge.blocks,
-        (float(beta) * fitted.alone).astype(np.float32),
-        (float(beta) * fitted.blocked).astype(np.float32),
-        records.frozen(judge.rows),
+        (float(beta) * fitted.alone + gain * frozen).astype(np.float32),
+        (float(beta) * fitted.blocked + gain * frozen).astype(np.float32),
+        frozen,
     )
 
 
@@ -274,7 +281,18 @@ def _choose(
     return selection.with_weights(few.grams, few.Y, weights)
 
 
-def _tensors(spec: NetSpec, fitted: closed.Fitted, beta: float, rank: int) -> dict[str, Floats]:
+def _logits(scores: Array, frozen: Floats, labels: NDArray[np.int32], blocks: list[Rows]) -> tuple[Temperature, float]:
+    """β and the gain on the frozen output, which is 0 unless that is surely better on left-out samples."""
+    alone = fit_temperature(scores, labels)
+    beta, gain = fit_mixture(scores, frozen, labels)
+    before, after = float(alone) * scores, float(beta) * scores + gain * frozen
+    surely = selection.excess(log_loss(before, labels) - log_loss(after, labels), blocks) >= HELPS
+    if gain > 0 and surely and _accuracy(after, labels) >= _accuracy(before, labels):
+        return beta, gain
+    return alone, 0.0
+
+
+def _tensors(spec: NetSpec, fitted: closed.Fitted, beta: float, gain: float, rank: int) -> dict[str, Floats]:
     """The adapter's tensors; taps that are not in use are zero."""
     tensors: dict[str, Floats] = {}
     for k in range(spec.L):
@@ -282,6 +300,6 @@ def _tensors(spec: NetSpec, fitted: closed.Fitted, beta: float, rank: int) -> di
         A, B = padded(fitted.pairs.get(k, nothing), rank)
         tensors[f"lora.{k}-{spec.L}.A"] = (beta * A).astype(np.float32)
         tensors[f"lora.{k}-{spec.L}.B"] = B.astype(np.float32)
-    tensors["output.gain"] = np.zeros(1, np.float32)
+    tensors["output.gain"] = np.array([gain], np.float32)
     tensors["output.bias"] = (beta * fitted.bias).astype(np.float32)
     return tensors

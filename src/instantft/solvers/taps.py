@@ -26,6 +26,7 @@ __all__ = [
     "best_lambda",
     "block_loss",
     "choose",
+    "excess",
     "ladder_weights",
     "left_out",
     "shrinkage",
@@ -228,10 +229,10 @@ def _no_worse(
 ) -> list[tuple[float, ...]]:
     """Those whose mean loss is above the smallest by at most `margin` standard errors, in their order."""
     best = min(losses.values(), key=lambda loss: float(loss.mean()))
-    return [w for w, loss in losses.items() if loss is best or _excess(loss - best, blocks) <= margin]
+    return [w for w, loss in losses.items() if loss is best or excess(loss - best, blocks) <= margin]
 
 
-def _excess(difference: Doubles, blocks: Sequence[Rows]) -> float:
+def excess(difference: Doubles, blocks: Sequence[Rows]) -> float:
     """Mean of the differences (n,) in standard errors, the samples of a block as one."""
     mean, B = float(difference.mean()), len(blocks)
     if B < 2:
