@@ -19,19 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
-from .factor import Factor, Rows, blocks_of, inverse_factor, primal_left_out, runs
+from .factor import DType, Factor, Rows, blocks_of, inverse_factor, precision, primal_left_out, runs
 from .lowrank import FeatureSpace, Pair, SampleSpace, reduce_rank
 from .records import CHUNK, Records, subset
 from .taps import Choice, shrinkage
 
-__all__ = ["SCORED", "TOO_LARGE", "Fitted", "Judged", "dual", "judged", "primal"]
+__all__ = ["KEPT", "SCORED", "TOO_LARGE", "Fitted", "Judged", "dual", "judged", "primal"]
 
 Array = NDArray[Any]
 Doubles = NDArray[np.float64]
-DType = type[np.float32] | type[np.float64]
 
-HARMLESS = 0.01
-"""Share of λ by which rounding may move an eigenvalue before float64 takes over."""
+KEPT = 4096
+"""Most samples of which the products of every part of the taps are kept: 3·64 MB."""
 
 SCORED = 4096
 """Most samples for which the primal computes left-out scores; the dual has them for all."""
@@ -84,11 +83,6 @@ class Fitted:
     bias: Doubles
     alone: Doubles
     blocked: Doubles
-
-
-def precision(error: float, lam: float) -> DType:
-    """float32 where rounding of this relative size moves no eigenvalue of the system by much beside λ, else float64."""
-    return np.float32 if error * float(np.finfo(np.float32).eps) <= HARMLESS * lam else np.float64
 
 
 def dual(records: Records, Y: Doubles, choice: Choice, judge: Judged, rank: int | None = None) -> Fitted:

@@ -29,17 +29,21 @@ from numpy.typing import NDArray
 
 from ..errors import UsageError
 
-__all__ = ["Factor", "blocks_of", "inverse_factor", "primal_left_out", "runs"]
+__all__ = ["DType", "Factor", "blocks_of", "inverse_factor", "precision", "primal_left_out", "runs"]
 
 Array = NDArray[Any]
 Doubles = NDArray[np.float64]
 Rows = NDArray[np.intp]
+DType = type[np.float32] | type[np.float64]
 
 LEAF = 32
 """Systems up to this size go to LAPACK."""
 
 FIRST_JITTER, LAST_JITTER = 1e-12, 1e-4
 """Shares of the mean diagonal that are tried where rounding has made a matrix indefinite."""
+
+HARMLESS = 0.01
+"""Share of λ by which rounding may move an eigenvalue before float64 takes over."""
 
 LEVERAGE_MARGIN = 1e-12
 """Least 1 − h: a sample that fixes its own prediction completely keeps a finite left-out residual."""
@@ -76,6 +80,11 @@ def inverse_factor(G: Array) -> Array:
         jitter = FIRST_JITTER if jitter == 0 else 10 * jitter
         if jitter > LAST_JITTER:
             raise UsageError("a system must be positive definite: use a larger lambda")
+
+
+def precision(error: float, lam: float) -> DType:
+    """float32 where rounding of this relative size moves no eigenvalue of the system by much beside λ, else float64."""
+    return np.float32 if error * float(np.finfo(np.float32).eps) <= HARMLESS * lam else np.float64
 
 
 def _by_halves(G: Array, V: Array, a: int, b: int) -> None:
@@ -135,16 +144,14 @@ class Factor:
         if blocks is None:
             diagonal = np.einsum("ij,ij->j", self.V, self.V)
             return np.asarray(alpha / diagonal[:, None])
-        blocks = list(blocks)
         e = np.empty_like(alpha)
-        if len({len(rows) for rows in blocks}) == 1:
-            every = np.array(blocks)  # (blocks, size): all of them at once
-            columns = self.V[:, every].transpose(1, 0, 2)
-            e[every] = np.linalg.solve(columns.transpose(0, 2, 1) @ columns, alpha[every])
-            return e
         for rows in blocks:
-            columns = self.V[:, rows]
-            e[rows] = np.linalg.solve(columns.T @ columns, alpha[rows])
+            first, last = int(rows.min()), int(rows.max())
+            run = last - first + 1 == len(rows)  # then a view will do; above a column's diagonal is nothing
+            columns = self.V[first:, first : last + 1] if run else self.V[first:, rows]
+            e[np.sort(rows) if run else rows] = np.linalg.solve(
+                columns.T @ columns, alpha[first : last + 1] if run else alpha[rows]
+            )
         return e
 
 

@@ -18,7 +18,7 @@ from ..engine import Engine, Floats
 from ..spec import NetSpec
 from .factor import Rows, runs
 
-__all__ = ["CHUNK", "RUNS", "Records", "subset"]
+__all__ = ["CHUNK", "RUNS", "Records", "alike", "subset"]
 
 Array = NDArray[Any]
 
@@ -52,9 +52,8 @@ class Records:
         self._x, self._numbers, self._store = x, numbers, store
         self._rows: Floats | None = None
         self.spec: NetSpec = base.spec
-        ends = [s.offset + s.size for s in base.spec.record.segments[:-1]]
         self._places = [(s.offset, s.offset + s.size) for s in base.spec.record.segments[:-1]]
-        self._used = ends[-1] if ends else 0
+        self._products: dict[tuple[int, ...], Floats] = {}
 
     def __len__(self) -> int:
         return len(self._x)
@@ -74,28 +73,56 @@ class Records:
         for start in range(0, len(self), CHUNK):
             yield slice(start, min(start + CHUNK, len(self)))
 
-    def gram(self, weights: Sequence[float], dtype: type[np.float32] | type[np.float64]) -> Array:
-        """K = Σ_k w_k·X_k·X_kᵀ (T, T), computed in `dtype`.
+    def product(self, taps: Sequence[int], rows: Rows | None = None) -> Floats:
+        """X·Xᵀ of neighbouring taps side by side, (n, n) float32; that of all samples is kept for the next time.
 
-        Neighbouring taps of one weight are one product: the zeros between them add nothing.
+        Args:
+            taps: their numbers; 0 stands alone.
+            rows: which samples; None: all.
         """
+        key = tuple(taps)
+        whole = self._products.get(key)
+        if whole is None and (rows is None or len(rows) == len(self)):
+            block = self._block(key, slice(0, len(self)))
+            whole = self._products[key] = block @ block.T
+        if whole is not None:
+            return whole if rows is None or len(rows) == len(self) else whole[np.ix_(rows, rows)]
+        assert rows is not None
+        block = self._block(key, rows)
+        return np.asarray(block @ block.T)
+
+    def gram(self, weights: Sequence[float], dtype: type[np.float32] | type[np.float64]) -> Array:
+        """K = Σ_k w_k·X_k·X_kᵀ (T, T), computed in `dtype`."""
         self.keep()
-        assert self._rows is not None
-        parts = [(weights[0], self._x)] if weights[0] else []
-        behind = itertools.groupby(range(1, len(weights)), key=lambda k: weights[k])
-        for weight, run in behind:
-            taps = list(run)
-            if weight:
-                columns = slice(self._places[taps[0] - 1][0], self._places[taps[-1] - 1][1])
-                parts.append((weight, self._rows[:, columns]))
-        K = np.zeros((0, 0), dtype)
-        for weight, part in parts:
-            X = part.astype(dtype, copy=False)
-            product = X @ X.T
-            if weight != 1:
-                product *= dtype(weight)
-            K = K + product if K.size else product
-        return K
+        K: Array | None = None
+        for taps, part in self._parts(weights, dtype):
+            weight = dtype(weights[taps[0]])
+            if K is None:
+                K = weight * part
+            else:
+                K += weight * part
+        return np.zeros((len(self), len(self)), dtype) if K is None else K
+
+    def _parts(
+        self, weights: Sequence[float], dtype: type[np.float32] | type[np.float64]
+    ) -> Iterator[tuple[tuple[int, ...], Array]]:
+        """Taps of one weight, and their product: those that are kept, if they make up the whole, or new ones."""
+        used = {k for k, w in enumerate(weights) if w}
+        kept = [taps for taps in self._products if len({weights[k] for k in taps}) == 1 and set(taps) <= used]
+        if dtype is np.float32 and sorted(k for taps in kept for k in taps) == sorted(used):
+            for taps in kept:
+                yield taps, self._products[taps]
+            return
+        for taps in alike(weights):
+            block = self._block(taps, slice(0, len(self))).astype(dtype, copy=False)
+            yield taps, block @ block.T
+
+    def _block(self, taps: tuple[int, ...], which: slice | Rows) -> Floats:
+        """Neighbouring taps side by side; the zeros between them add nothing to a product."""
+        if taps == (0,):
+            return self._x[which]
+        rows = self._rows[which] if self._rows is not None else self._read(which)
+        return rows[:, self._places[taps[0] - 1][0] : self._places[taps[-1] - 1][1]]
 
     def _read(self, which: slice | Rows) -> Floats:
         """Record rows (n, width)."""
@@ -117,6 +144,13 @@ class Records:
         rows = self._rows[which] if self._rows is not None else self._read(which)
         last = self.spec.record.segments[-1]
         return rows[:, last.offset : last.offset + last.size]
+
+
+def alike(weights: Sequence[float]) -> list[tuple[int, ...]]:
+    """Taps in runs of one weight, those of weight 0 left out; the raw input, which is kept elsewhere, by itself."""
+    behind = itertools.groupby(range(1, len(weights)), key=lambda k: weights[k])
+    runs_of = [(0,), *(tuple(run) for _, run in behind)]
+    return [taps for taps in runs_of if weights[taps[0]]]
 
 
 def subset(T: int, most: int, seed: int) -> tuple[Rows, list[Rows]]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -37,7 +37,7 @@ from .calibration import Temperature, expected_calibration_error, fit_mixture, f
 from .factor import Rows, blocks_of
 from .gate import Decision, gate
 from .lowrank import padded
-from .records import CHUNK, Records, subset
+from .records import CHUNK, Records, alike, subset
 from .sgd import Seconds, check_arguments
 
 __all__ = ["METHOD", "RidgeResult", "fit_ridge"]
@@ -255,30 +255,40 @@ def _choose(
 ) -> selection.Choice:
     """λ and weights, found on few samples."""
     T, L, C = len(records), records.spec.L, records.spec.C
+    if isinstance(taps, str):
+        if taps not in ("auto", "all"):
+            raise UsageError(f"taps must be 'auto', 'all' or numbers of taps, not {taps!r:.60}")
+        # The ladder has three weights at most: of the raw input, of the first tap behind it, and of all others.
+        weights = (1.0,) * L
+        parts = [(0,), (1,), tuple(range(2, L))][: min(L, 3)] if taps == "auto" else alike(weights)
+    else:
+        if not set(taps) or not set(taps) <= set(range(L)):
+            raise UsageError(f"taps must be some of 0 to {L - 1}, not {list(taps)!r:.60}")
+        weights = tuple(float(k in set(taps)) for k in range(L))
+        parts = alike(weights)
 
     def sample(n: int) -> selection.Sample:
         rows, blocks = subset(T, n, seed)
         if groups is not None:
             blocks = blocks_of(groups[rows])
         with np.errstate(over="ignore", invalid="ignore"):
-            grams = [np.asarray(part @ part.T, np.float64) for part in records.taps(rows)]
+            grams = [np.asarray(records.product(part, rows), np.float64) for part in parts]
         if not all(np.isfinite(K).all() for K in grams):
             raise DataError(closed.TOO_LARGE)
         return selection.Sample(grams, np.eye(C)[y[rows]], blocks)
 
-    few = sample(FEW)
-    if isinstance(taps, str):
-        if taps not in ("auto", "all"):
-            raise UsageError(f"taps must be 'auto', 'all' or numbers of taps, not {taps!r:.60}")
-        if taps == "auto":
-            return selection.choose(few, (lambda: sample(MANY)) if T > FEW else None)
-        weights = (1.0,) * L
+    if taps == "auto":
+        most = min(closed.KEPT, sum(records.spec.tap_widths))
+        if most >= T:
+            with np.errstate(over="ignore", invalid="ignore"):
+                for part in parts:  # wanted for the system anyway; the samples are cut out of them
+                    records.product(part)
+        found = selection.choose(sample(FEW), (lambda: sample(MANY)) if T > FEW else None)
+        weights = tuple(found.weights[min(k, 2)] for k in range(L))
     else:
-        wanted = set(taps)
-        if not wanted or not wanted <= set(range(L)):
-            raise UsageError(f"taps must be some of 0 to {L - 1}, not {list(taps)!r:.60}")
-        weights = tuple(float(k in wanted) for k in range(L))
-    return selection.with_weights(few.grams, few.Y, weights)
+        few = sample(FEW)
+        found = selection.with_weights(few.grams, few.Y, (1.0,) * len(parts))
+    return replace(found, weights=weights)
 
 
 def _logits(scores: Array, frozen: Floats, labels: NDArray[np.int32], blocks: list[Rows]) -> tuple[Temperature, float]:

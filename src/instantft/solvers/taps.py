@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .calibration import fit_temperature, log_loss
-from .factor import Factor, Rows
+from .factor import Factor, Rows, precision
 
 __all__ = [
     "LADDER",
@@ -53,9 +53,15 @@ START = 0.1
 STEP = 0.5
 """Where the search for λ starts, and its step in powers of ten."""
 
+HOPELESS = 8.0
+"""Standard errors above which a rung is given up without a λ of its own."""
+
 LOWEST, HIGHEST = 1e-4, 1e2
 """Bounds of λ. Records have norm 1, so that below the first nothing is shrunk and above the second nothing is left."""
 
+
+SMALL = 256
+"""Systems up to this size gain nothing by float32."""
 
 CLIP = 3.0
 """Norm, in medians, from which a record counts for less."""
@@ -123,10 +129,12 @@ def system(grams: Sequence[Doubles], weights: Sequence[float]) -> System:
 
 def left_out(system: System, Y: Doubles, lam: float, blocks: Sequence[Rows] | None = None) -> Doubles:
     """Residuals (n, C) of samples left out, alone or in blocks, at λ; those of a clipped record are clipped with it."""
-    G = system.K.copy()
+    dtype = precision(len(Y), lam) if len(Y) > SMALL else np.float64
+    G: Array = system.K.astype(dtype)
     G[np.diag_indices_from(G)] += lam
     factor = Factor(G)
-    return np.asarray(factor.left_out(factor.solve(system.c[:, None] * Y), blocks))
+    targets = (system.c[:, None] * Y).astype(dtype)
+    return np.asarray(factor.left_out(factor.solve(targets), blocks), np.float64)
 
 
 def best_lambda(system: System, Y: Doubles, start: float = START) -> tuple[float, float]:
@@ -198,6 +206,10 @@ def choose(few: Sample, many: Callable[[], Sample] | None = None) -> Choice:
     tried: dict[tuple[float, ...], tuple[float, Doubles]] = {}
     lam = START
     for weights in dict.fromkeys(rungs):
+        if tried and many is not None:
+            least = min((loss for _, loss in tried.values()), key=lambda loss: float(loss.mean()))
+            if excess(block_loss(few, weights, lam) - least, few.blocks) > HOPELESS:
+                continue
         lam, _ = best_lambda(system(few.grams, weights), few.Y, lam)
         tried[weights] = lam, block_loss(few, weights, lam)
     if many is not None:
