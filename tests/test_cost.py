@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from instantft.cost import cost, linear_macs, network_parameters
+from instantft.cost import MAX_GRAM_BYTES, cost, dual_work, linear_macs, network_parameters, primal_work, spaces
 from instantft.methods import METHODS, method
 from instantft.spec import NetSpec, dnn, lenet5
 
@@ -75,3 +75,28 @@ def test_batch_norm_is_counted() -> None:
 def test_cost_grows_with_rank(name: str) -> None:
     one, two = (cost(MNIST, method(name), r) for r in (1, 2))
     assert (two.parameters > one.parameters) == (METHODS[name].adapters != "none")
+
+
+def test_work_of_a_tap_in_both_spaces() -> None:
+    """By hand: N = 1,000, T = 50 in 3 batches, R = 4, 10 epochs."""
+    primal, dual = primal_work(1000, 50, 4, 10, 20), dual_work(1000, 50, 4, 10)
+    assert primal.flops == 10 * 50 * (2 * 4000 + 2 * 4000)
+    assert primal.bytes == 10 * (50 * 2 * 4000 + 3 * 3 * 16_000)
+    assert dual.flops == 50 * 50 * 1000 + 50 * (8000 + 8000) + 10 * 50 * (2 * 50 * 4)
+    assert dual.bytes == 50 * 3 * 4000 + 11 * 50 * 50 * 4
+
+
+def test_spaces_prefer_what_gains_most() -> None:
+    assert spaces((100_352, 96), 256, 4, 100, 20) == (True, False)
+    assert spaces((96, 100_352), 256, 4, 100, 20) == (False, True)
+    assert spaces((96, 100_352), 256, 4, 1, 20) == (False, False)
+    assert spaces((96, 100_352), 256, 4, 1, 20, always=True) == (True, True)
+
+
+def test_spaces_stay_within_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths, T = (1 << 20, 1 << 22, 1 << 21), int((MAX_GRAM_BYTES // 8) ** 0.5)  # two matrices have room
+    assert spaces(widths, T, 4, 100_000, 20) == (False, False, False)  # 164 GB of records
+    assert spaces(widths, T, 4, 100_000, 20, always=True) == (False, True, True)
+    monkeypatch.setattr("instantft.cost.MAX_DECODED_BYTES", 4 * T * sum(widths))
+    assert spaces(widths, T, 4, 100_000, 20) == (False, True, True)
+    assert spaces(widths, 2 * T, 4, 100_000, 20) == (False, False, False)

@@ -13,12 +13,26 @@ Per sample throughout. This file counts; it measures nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .methods import Method, adapter_types, connections, layer_types, trainable
 from .spec import NetSpec
 
-__all__ = ["Cost", "cost", "linear_macs", "network_parameters"]
+__all__ = ["Cost", "Work", "cost", "dual_work", "linear_macs", "network_parameters", "primal_work", "spaces"]
+
+FLOPS_PER_BYTE = 3
+"""Operations that take as long as a byte from memory: 61 GFLOP/s of a Gram product, 15 to 20 GB/s of SGD on wide taps.
+This and the next two were measured by benchmarks/dual_space.py; docs/decisions/0007-dual-sgd.md has the figures."""
+
+STEP_FLOPS, TAP_FLOPS = 3_000_000, 1_000_000
+"""Operations that take as long as the calls of NumPy in a step of `solvers.dual`: 50 µs, and 18 µs for each tap."""
+
+MAX_GRAM_BYTES = 1 << 28
+"""Most bytes of Gram matrices, all taps together: one tap of 8,192 samples."""
+
+MAX_DECODED_BYTES = 1 << 30
+"""Most bytes of decoded records that are held for a run in sample space which was not asked for."""
 
 
 @dataclass(frozen=True)
@@ -117,3 +131,61 @@ def _memory(spec: NetSpec, m: Method, rank: int, parameters: int) -> int:
     floats += outputs + pooled if propagates else spec.C  # gradients, and where each maximum came from
     floats += 2 * adapters + 2 * rank * len(connections(m, spec.L))
     return 4 * floats
+
+
+@dataclass(frozen=True)
+class Work:
+    """What training the adapter of one tap takes, over all its epochs.
+
+    Attributes:
+        flops: operations.
+        bytes: read and written beyond the near caches.
+    """
+
+    flops: int
+    bytes: int
+
+    @property
+    def price(self) -> int:
+        """Operations that would take as long, where the slower of the two decides."""
+        return max(self.flops, FLOPS_PER_BYTE * self.bytes)
+
+
+def primal_work(N: int, T: int, rank: int, epochs: int, batch_size: int) -> Work:
+    """SGD on A (N, R) itself: x·A forward, xᵀ·dh backward, so x passes twice, and A three times a step."""
+    steps = epochs * math.ceil(T / batch_size)
+    return Work(flops=4 * epochs * T * N * rank, bytes=8 * epochs * T * N + 12 * steps * N * rank)
+
+
+def dual_work(N: int, T: int, rank: int, epochs: int) -> Work:
+    """The same steps on K = X·Xᵀ (T, T), by `solvers.dual`.
+
+    Once: half of K, X·A(0), and Xᵀ·C at the end, so x passes three times; then a row of K a sample, forward only.
+    """
+    once = T * T * N + 4 * T * N * rank
+    return Work(flops=once + 2 * epochs * T * T * rank, bytes=12 * T * N + 4 * (epochs + 1) * T * T)
+
+
+def spaces(
+    widths: Sequence[int], T: int, rank: int, epochs: int, batch_size: int, *, always: bool = False
+) -> tuple[bool, ...]:
+    """Which of the taps train in the dual.
+
+    Each tap goes where its price is lower, those that gain most first, as long as the Gram matrices stay within
+    MAX_GRAM_BYTES. All stay in the primal where the calls of NumPy cost more than is gained (the dual is written in it,
+    and a step that has one tap there is made there as a whole), and where decoded records take over MAX_DECODED_BYTES.
+
+    Args:
+        widths: N_k of the taps that have an adapter.
+        T, rank, epochs, batch_size: of the run.
+        always: in the dual even where it does not pay, all taps whose Gram matrices fit.
+    """
+    gains = [primal_work(N, T, rank, epochs, batch_size).price - dual_work(N, T, rank, epochs).price for N in widths]
+    chosen = [False] * len(widths)
+    room = MAX_GRAM_BYTES // (4 * T * T)
+    for k in sorted(range(len(widths)), key=lambda k: -gains[k])[:room]:
+        chosen[k] = always or gains[k] > 0
+    overhead = (STEP_FLOPS + TAP_FLOPS * len(widths)) * epochs * math.ceil(T / batch_size)
+    gained = sum(g for g, dual in zip(gains, chosen, strict=True) if dual)
+    pays = gained > overhead and 4 * T * sum(widths) <= MAX_DECODED_BYTES
+    return tuple(chosen) if always or pays else (False,) * len(widths)

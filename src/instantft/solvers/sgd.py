@@ -31,6 +31,8 @@ from ..errors import DivergedError, UsageError
 from ..methods import Method
 from ..methods import method as row
 from ..spec import NetSpec
+from .dual import DualTrainer, Space, taps_in_dual
+from .records import Records
 
 __all__ = ["FitResult", "Progress", "Seconds", "check_arguments", "fit", "pretrain"]
 
@@ -132,6 +134,7 @@ def fit(
     numbers: NDArray[np.int64] | None = None,
     start: Adapter | None = None,
     epochs_before: int = 0,
+    space: Space = "auto",
     progress: Progress | None = None,
     filling: Progress | None = None,
 ) -> FitResult:
@@ -151,6 +154,9 @@ def fit(
         numbers: (T,), the number of each sample in the store; None: 0 … T-1.
         start: the adapter to go on from; None: `adapters.initial`.
         epochs_before: epochs done in earlier calls, so that going on draws new orders.
+        space: where the steps are made: "primal", on A itself; "dual", on the Gram matrices of the taps (`dual`);
+            "auto": each tap where it is cheaper, in the primal unless the cache holds every sample. The steps are the
+            same, but for rounding.
         progress: told how many epochs are done, and of long ones which part.
         filling: told how many samples have gone through the frozen network, while the cache is filled beforehand.
 
@@ -158,7 +164,8 @@ def fit(
         The adapter, times, steps, and loss and accuracy by epoch.
 
     Raises:
-        UsageError: an argument is out of range, or a cache is given for a method that changes what it would hold.
+        UsageError: an argument is out of range, a cache is given for a method that changes what it would hold, or the
+            dual is asked for where it cannot be used (`dual.taps_in_dual`).
         DivergedError: a loss or a trained value is not finite.
     """
     m = row(method) if isinstance(method, str) else method
@@ -171,26 +178,37 @@ def fit(
     if numbers is None:
         numbers = np.arange(T, dtype=np.int64)
 
+    in_dual = taps_in_dual(space, m, spec.tap_widths, T, rank, epochs, batch_size)
+    whole = store is not None and store.capacity >= T
+    use_dual = any(in_dual) and (whole or space == "dual")
+
     began = time.perf_counter()
-    if store is not None and store.capacity >= T:
+    if store is not None and whole:
         for rows in parts(T, filling):
             engine.fill(spec, base.tensors, x[rows], numbers[rows], store, threads)
     filled = time.perf_counter()
 
     added = initial(m, spec, rank, seed) if start is None else start.tensors
-    trainer = engine.trainer(
-        spec,
-        {**base.tensors, **added},
-        m,
-        rank,
-        x,
-        y,
-        numbers=numbers,
-        store=store,
-        batch_size=batch_size,
-        lr=lr,
-        momentum=momentum,
-    )
+    trainer: Trainer
+    if use_dual:
+        records = Records(engine, base, x, numbers, store, threads)
+        trainer = DualTrainer(records, y, added, m, in_dual, batch_size=batch_size, lr=lr, momentum=momentum)
+        if store is not None:
+            store.hits += int(store.held(numbers).sum())  # each record is read once, whatever the epochs
+    else:
+        trainer = engine.trainer(
+            spec,
+            {**base.tensors, **added},
+            m,
+            rank,
+            x,
+            y,
+            numbers=numbers,
+            store=store,
+            batch_size=batch_size,
+            lr=lr,
+            momentum=momentum,
+        )
     stats = _epochs(trainer, T, epochs, batch_size, lr, _rng(seed, epochs_before), progress)
     steps = epochs * math.ceil(T / batch_size)
     tensors = _finite(trainer.tensors(), steps, lr)
