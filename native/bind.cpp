@@ -67,8 +67,59 @@ static void need_buffers(const Plan &p, const Array<const float> &frozen, const 
     need(x.ndim() == 2 && x.shape(1) >= static_cast<size_t>(ift_pad(p.plan.input_width)), "samples must be padded rows");
 }
 
+// The closed form's algebra in float or double. Rows of x may lie apart, so that records are read where they are.
+template <typename T> using Rows = nb::ndarray<T, nb::ndim<2>, nb::device::cpu>;
+template <typename T> using Square = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+template <typename T> static void need_square(const Square<T> &a, size_t n, const Array<uint8_t> &ws) {
+    need(a.shape(0) == n && a.shape(1) == n, "a square matrix of that size is needed");
+    need(ws.size() >= IFT_DENSE_BYTES && reinterpret_cast<uintptr_t>(ws.data()) % 64 == 0, "workspace too small");
+}
+
+template <typename T, typename F> static auto gram(F function) {
+    return [function](const Core &c, Rows<const T> x, int64_t first, int64_t last, bool add, Square<T> g,
+                      Array<uint8_t> ws) {
+        need_square(g, x.shape(0), ws);
+        need(x.stride(1) == 1 || x.shape(1) <= 1, "values of a row must lie side by side");
+        need(0 <= first && first <= last && last <= static_cast<int64_t>(x.shape(0)), "rows must be there");
+        nb::gil_scoped_release release;
+        (c.core->*function)(x.data(), x.stride(0), static_cast<int64_t>(x.shape(1)), first, last, add, g.data(),
+                            static_cast<int64_t>(g.shape(0)), ws.data());
+    };
+}
+
+template <typename T, typename F> static auto inverse_factor(F function) {
+    return [function](const Core &c, Square<T> g, Square<T> v, Array<uint8_t> ws) {
+        need_square(g, g.shape(0), ws);
+        need_square(v, g.shape(0), ws);
+        int64_t n = static_cast<int64_t>(g.shape(0));
+        nb::gil_scoped_release release;
+        return (c.core->*function)(g.data(), n, v.data(), n, n, ws.data());
+    };
+}
+
+template <typename T, typename F> static auto inverse_blocks(F function) {
+    return [function](const Core &c, Square<const T> v, Array<const int64_t> starts, Array<T> out, Array<uint8_t> ws) {
+        need_square(v, v.shape(0), ws);
+        int64_t n = static_cast<int64_t>(v.shape(0)), cells = 0;
+        need(starts.size() > 0 && starts.data()[0] >= 0, "blocks must start inside the matrix");
+        for (size_t b = 1; b < starts.size(); b++) {
+            int64_t m = starts.data()[b] - starts.data()[b - 1];
+            need(m >= 0 && starts.data()[b] <= n, "blocks must be in order and inside the matrix");
+            cells += m * m;
+        }
+        need(static_cast<int64_t>(out.size()) >= cells, "blocks need more room");
+        nb::gil_scoped_release release;
+        (c.core->*function)(v.data(), n, n, starts.data(), static_cast<int64_t>(starts.size()) - 1, out.data(),
+                            ws.data());
+    };
+}
+
+static auto exact(const char *name) { return nb::arg(name).noconvert(); } // an output must not be a copy
+
 NB_MODULE(_core, m) {
     m.doc() = "The native core: see native/instantft.h.";
+    m.attr("DENSE_BYTES") = static_cast<int>(IFT_DENSE_BYTES);
     m.def("isas", &isas, "Instruction sets of this build that this processor runs, best first.");
 
     nb::class_<Plan>(m, "Plan")
@@ -166,6 +217,18 @@ NB_MODULE(_core, m) {
                       "buffers too small for a record");
                  c.core->decode(&p.plan, &p.codec, in.data(), row.data());
              })
+        .def("gram", gram<float>(&ift_core::gram_f),
+             exact("x"), nb::arg("first"), nb::arg("last"), nb::arg("add"), exact("g"), exact("workspace"))
+        .def("gram", gram<double>(&ift_core::gram_d),
+             exact("x"), nb::arg("first"), nb::arg("last"), nb::arg("add"), exact("g"), exact("workspace"))
+        .def("inverse_factor", inverse_factor<float>(&ift_core::inverse_factor_f),
+             exact("g"), exact("v"), exact("workspace"))
+        .def("inverse_factor", inverse_factor<double>(&ift_core::inverse_factor_d),
+             exact("g"), exact("v"), exact("workspace"))
+        .def("inverse_blocks", inverse_blocks<float>(&ift_core::inverse_blocks_f),
+             exact("v"), exact("starts"), exact("out"), exact("workspace"))
+        .def("inverse_blocks", inverse_blocks<double>(&ift_core::inverse_blocks_d),
+             exact("v"), exact("starts"), exact("out"), exact("workspace"))
         .def("fma_loop", [](const Core &c, int64_t n) {
             float sink[3] = {0.999f, 0.001f, 0};
             nb::gil_scoped_release release;

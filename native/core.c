@@ -5,6 +5,7 @@
  *   frozen.h    records                loss.h     softmax, cross-entropy
  *   skip.h      the step that needs only records
  *   general.h   the step whose gradients run through layers
+ *   dense.h     the closed form's products and factor (a template)
  *
  * Here: filling the cache, whole epochs (Algorithm 1 of Skip2-LoRA), prediction.
  */
@@ -14,6 +15,21 @@
 #include "frozen.h"
 #include "general.h"
 #include "skip.h"
+
+#define D float
+#define DV vf
+#define DL IFT_VL
+#define DN(name) name##_f
+#include "dense.h"
+#undef D
+#undef DV
+#undef DL
+#undef DN
+#define D double
+#define DV vd
+#define DL (IFT_VL > 1 ? IFT_VL / 2 : 1)
+#define DN(name) name##_d
+#include "dense.h"
 
 /* ---- The cache ---------------------------------------------------------------------------------------------- */
 
@@ -236,4 +252,5 @@ static double fma_loop(int64_t n, float *sink) {
     return (double)((n + CHAINS - 1) / CHAINS * CHAINS) * IFT_VL * 2;
 }
 
-const ift_core IFT_CORE = {IFT_NAME, fold, records, fill, forward, epochs, codec_encode, codec_decode, fma_loop};
+const ift_core IFT_CORE = {IFT_NAME, fold, records, fill, forward, epochs, codec_encode, codec_decode,
+                           gram_f, gram_d, inverse_factor_f, inverse_factor_d, inverse_blocks_f, inverse_blocks_d, fma_loop};

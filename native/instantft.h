@@ -150,6 +150,9 @@ typedef struct ift_job {
     int64_t hits, misses;
 } ift_job;
 
+/* Bytes of workspace (64-byte aligned) that the dense algebra of the closed form needs, however large its matrices. */
+enum { IFT_DENSE_BYTES = 26624 };
+
 /* One instruction set's functions. */
 typedef struct ift_core {
     const char *name;
@@ -169,6 +172,22 @@ typedef struct ift_core {
                       int64_t *correct);
     void (*encode)(const ift_plan *, const ift_codec *, const float *row, uint8_t *out, uint8_t *scratch);
     void (*decode)(const ift_plan *, const ift_codec *, const uint8_t *in, float *row);
+    /* The closed form, in float and in double (dense.h). Matrices are rows, ld apart; of symmetric ones only the lower
+     * triangle is read and written.
+     * gram: G[i][j] = x_i·x_j, or G[i][j] += x_i·x_j, for first ≤ i < last and j ≤ i; x_i has K values, pitch apart.
+     * inverse_factor: V = L⁻¹ where L·Lᵀ = G (n, n); G is used up, V must be zero above its diagonal. Returns 0, or the
+     *   1-based row at which G turned out not to be positive definite or not finite.
+     * inverse_blocks: the blocks of G⁻¹ = VᵀV for rows starts[b] … starts[b+1]−1, one tight block after the other. */
+    void (*gram_f)(const float *x, int64_t pitch, int64_t K, int64_t first, int64_t last, int add, float *g, int64_t ldg,
+                   void *workspace);
+    void (*gram_d)(const double *x, int64_t pitch, int64_t K, int64_t first, int64_t last, int add, double *g,
+                   int64_t ldg, void *workspace);
+    int64_t (*inverse_factor_f)(float *g, int64_t ldg, float *v, int64_t ldv, int64_t n, void *workspace);
+    int64_t (*inverse_factor_d)(double *g, int64_t ldg, double *v, int64_t ldv, int64_t n, void *workspace);
+    void (*inverse_blocks_f)(const float *v, int64_t ldv, int64_t n, const int64_t *starts, int64_t count, float *out,
+                             void *workspace);
+    void (*inverse_blocks_d)(const double *v, int64_t ldv, int64_t n, const int64_t *starts, int64_t count, double *out,
+                             void *workspace);
     /* About n vector fused multiply-adds in registers; returns how many floating-point operations that was. */
     double (*fma_loop)(int64_t n, float *sink);
 } ift_core;

@@ -23,9 +23,11 @@
 
 #if IFT_VL == 1
 typedef float vf;
+typedef double vd;
 typedef int32_t vi;
 typedef uint32_t vu;
 #else
+typedef double vd __attribute__((vector_size(IFT_VL * 4)));
 typedef float vf __attribute__((vector_size(IFT_VL * 4)));
 typedef int32_t vi __attribute__((vector_size(IFT_VL * 4)));
 typedef uint32_t vu __attribute__((vector_size(IFT_VL * 4)));

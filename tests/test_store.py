@@ -424,3 +424,23 @@ def test_another_process_reads_it(tmp_path: Path) -> None:
     )
     out = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[8, 9, -1, -1, 4, 5, 6, 7] 0"
+
+
+def test_in_place() -> None:
+    """What `read` gives, without a copy, for rows that are not encoded and lie one behind the other; else nothing."""
+    record = RECORD
+    rows = np.zeros((8, record.width), np.float32)
+    rows[:] = np.arange(8)[:, None]
+    store = memory_store("fp32", record, 10)
+    store.write(np.arange(8), rows)
+    seen = store.in_place(np.arange(2, 6))
+    assert seen is not None
+    assert np.shares_memory(seen, store.data)
+    np.testing.assert_array_equal(seen, store.read(np.arange(2, 6)))
+    with pytest.raises(ValueError, match="read-only"):
+        seen[0, 0] = 1
+    for numbers in ([3, 2], [1, 3], [7, 8], []):
+        assert store.in_place(np.array(numbers, np.int64)) is None
+    encoded = memory_store("fp16", record, 10)
+    encoded.write(np.arange(8), rows)
+    assert encoded.in_place(np.arange(8)) is None

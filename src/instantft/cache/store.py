@@ -120,6 +120,16 @@ class Store:
             raise UsageError(f"samples must be in the cache to be read, but number {missing[0]} is not")
         return self.codec.decode(self.data[self.slots(numbers)], self.record)
 
+    def in_place(self, numbers: ArrayLike) -> Floats | None:
+        """As `read`, where the rows lie and read-only; None where they are encoded, or not one behind the other."""
+        numbers = _numbers(numbers)
+        slots = self.slots(numbers)
+        if not (self.codec.plain and len(slots) and (np.diff(slots) == 1).all() and self.held(numbers).all()):
+            return None
+        rows = self.data[slots[0] : slots[-1] + 1].view(np.float32)
+        rows.flags.writeable = False
+        return rows
+
     def write(self, numbers: ArrayLike, rows: Floats) -> None:
         """Keep the record rows (n, record.width) of samples, as far as the eviction rule admits them.
 

@@ -22,6 +22,7 @@ from ..cache.store import Store
 from ..errors import EngineError, UsageError
 from ..methods import Method
 from ..spec import NetSpec
+from .dense import Dense
 
 __all__ = [
     "CALL_SECONDS",
@@ -86,6 +87,11 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def dense(self) -> Dense:
+        """The matrix algebra of the closed form."""
+        ...
 
     def forward(self, spec: NetSpec, tensors: Tensors, x: Floats, threads: int = 1) -> Floats:
         """Logits (T, C) of samples x (T, N), batch norm by running statistics, with whatever adapters are present."""

@@ -19,6 +19,7 @@ from ..errors import EngineError, UsageError
 from ..methods import Method, connections, layer_types
 from ..spec import NetSpec, pad
 from . import EpochStats, Floats, Tensors
+from .dense import Array, DType
 
 if TYPE_CHECKING:
     from .._core import Core, Plan
@@ -34,6 +35,9 @@ _LAYER_A, _LAYER_B, _SKIP_A, _SKIP_B = range(6, 10)
 _PREDICT_BATCH = 64
 _SAMPLES_A_THREAD = 32
 """Fewer than this and a further thread costs more than it saves."""
+
+_DOUBLES = 512
+"""Columns that are held in float64 at a time."""
 
 _NONE32 = np.empty(0, np.float32)
 _NONE8 = np.empty(0, np.uint8)
@@ -88,6 +92,13 @@ def _aligned(n: int) -> Floats:
     raw = np.empty(n + 16, np.float32)
     skip = (-raw.ctypes.data // 4) % 16
     return raw[skip : skip + n]
+
+
+def _scratch() -> NDArray[np.uint8]:
+    """Workspace of the dense algebra."""
+    from .._core import DENSE_BYTES
+
+    return _aligned(DENSE_BYTES // 4).view(np.uint8)
 
 
 def _rows(x: Floats) -> Floats:
@@ -188,9 +199,18 @@ def _spread(n: int, threads: int, work: Callable[[int, int], None]) -> None:
     if parts == 1:
         work(0, n)
         return
-    cuts = [pad(n * i // parts) for i in range(parts)] + [n]
-    first, *others = [(a, b) for a, b in pairwise(cuts) if b > a]
-    with ThreadPoolExecutor(parts - 1) as pool:
+    _spread_over([pad(n * i // parts) for i in range(parts)] + [n], work)
+
+
+def _spread_over(cuts: list[int], work: Callable[[int, int], None]) -> None:
+    """work(start, stop) between neighbouring cuts, each part on a thread of its own."""
+    parts = [(a, b) for a, b in pairwise(cuts) if b > a]
+    if len(parts) < 2:
+        for part in parts:
+            work(*part)
+        return
+    first, *others = parts
+    with ThreadPoolExecutor(len(others)) as pool:
         waiting = [pool.submit(work, a, b) for a, b in others]
         work(*first)  # this thread has a core already
         for done in waiting:
@@ -211,6 +231,45 @@ def _train_bits(spec: NetSpec, method: Method) -> list[int]:
     return bits
 
 
+class NativeDense:
+    """The core's `dense.Dense`. Results do not depend on the threads: each element is computed whole by one of them."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    def gram(self, X: Array, dtype: DType, threads: int = 1) -> Array:
+        """G = X·Xᵀ, lower triangle; see Dense.gram."""
+        n, K = X.shape
+        G: Array = np.zeros((n, n), dtype)
+        # in float64 a stretch of columns at a time, so that they are not all held twice
+        stretch = K if X.dtype == dtype else _DOUBLES
+        for k in range(0, K, max(stretch, 1)):
+            part = X[:, k : k + stretch].astype(dtype, copy=False)
+            if part.strides[1] != part.itemsize:
+                part = np.ascontiguousarray(part)
+
+            def work(a: int, b: int, part: Array = part, add: bool = k > 0) -> None:
+                self._core.gram(part, a, b, add, G, _scratch())
+
+            # parts of equal work: rows of a triangle get longer
+            parts = max(1, min(threads, n // _SAMPLES_A_THREAD))
+            _spread_over([int(n * (i / parts) ** 0.5) for i in range(parts)] + [n], work)
+        return G
+
+    def inverse_factor(self, G: Array) -> Array | None:
+        """V = L⁻¹; see Dense.inverse_factor."""
+        V = np.zeros_like(G)
+        failed = self._core.inverse_factor(G, V, _scratch())
+        return None if failed or not np.isfinite(V.sum()) else V
+
+    def inverse_blocks(self, V: Array, starts: NDArray[np.int64]) -> Array:
+        """Blocks of VᵀV on its diagonal; see Dense.inverse_blocks."""
+        starts = np.ascontiguousarray(starts, np.int64)
+        out = np.empty(int((np.diff(starts) ** 2).sum()), V.dtype)
+        self._core.inverse_blocks(V, starts, out, _scratch())
+        return out
+
+
 class NativeEngine:
     """The C11 core behind the Protocol of this package.
 
@@ -223,6 +282,7 @@ class NativeEngine:
 
     def __init__(self) -> None:
         self._core = _load_core()
+        self.dense = NativeDense(self._core)
 
     @property
     def isa(self) -> str:

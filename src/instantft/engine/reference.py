@@ -20,6 +20,7 @@ from ..errors import UsageError
 from ..methods import Method, connections, layer_types, trainable
 from ..spec import NetSpec
 from . import EpochStats, Floats, Tensors
+from .dense import NumpyDense
 
 __all__ = ["BN_EPS", "BN_MOMENTUM", "ReferenceEngine", "ReferenceTrainer", "gradients"]
 
@@ -36,6 +37,7 @@ class ReferenceEngine:
     """The `Engine` written in NumPy."""
 
     name = "reference"
+    dense = NumpyDense()
 
     def forward(self, spec: NetSpec, tensors: Tensors, x: Floats, threads: int = 1) -> Floats:
         """Logits (T, C) of samples x (T, N), with whatever adapters are present; see `Engine.forward`."""

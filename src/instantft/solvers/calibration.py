@@ -70,19 +70,23 @@ def fit_temperature(scores: Array, y: Labels) -> Temperature:
     if not np.isfinite(z).all():
         raise UsageError("scores must be finite, not NaN or Inf")
     T = len(z)
-    z = z - z.mean(axis=1, keepdims=True)
+    z = np.ascontiguousarray(z.T)  # (C, T), so that sums over classes run along samples
+    z -= z.mean(axis=0)
     spread = float(np.sqrt(np.mean(z * z)))
     if spread < 1e-12:
         return Temperature(1.0)
     share = 1.0 / (T + 1)
-    wanted = (1 - share) * float(z[np.arange(T), y].mean())  # the uniform share adds nothing: z is centred
+    z -= z.max(axis=0)
+    wanted = (1 - share) * float(z[y, np.arange(T)].mean()) + share * float(z.mean())
+    squares = z * z
     low, high = LOWEST / spread, HIGHEST / spread
     beta = min(max(1.0 / spread, low), high)
     for _ in range(STEPS):
-        p = softmax(beta * z)
-        mean = np.einsum("ij,ij->i", p, z)
+        p = np.exp(beta * z)
+        total = p.sum(axis=0)
+        mean = np.einsum("ij,ij->j", p, z) / total
         slope = float(mean.mean()) - wanted
-        curvature = float((np.einsum("ij,ij->i", p, z * z) - mean * mean).mean())
+        curvature = float((np.einsum("ij,ij->j", p, squares) / total - mean * mean).mean())
         if slope > 0:
             high = beta
         else:
@@ -96,7 +100,7 @@ def fit_temperature(scores: Array, y: Labels) -> Temperature:
     return Temperature(beta)
 
 
-def fit_mixture(scores: Array, frozen: Array, y: Labels) -> tuple[Temperature, float]:
+def fit_mixture(scores: Array, frozen: Array, y: Labels, start: float | None = None) -> tuple[Temperature, float]:
     """β and gain of the logits β·z + gain·c, by maximum likelihood as in `fit_temperature`; neither is negative.
 
     Where the drift is mild, what the frozen network says is still worth something, and where samples are few it is
@@ -106,49 +110,51 @@ def fit_mixture(scores: Array, frozen: Array, y: Labels) -> tuple[Temperature, f
         scores: z (T, C), of samples that the scores' model has not seen.
         frozen: c (T, C), the frozen network's logits of the same samples.
         y: (T,) labels.
+        start: β without the frozen network, where that is known.
 
     Raises:
         UsageError: see `fit_temperature`.
     """
-    beta = fit_temperature(scores, y)
+    beta = fit_temperature(scores, y) if start is None else start
     c = np.asarray(frozen, np.float64)
     if c.shape != np.shape(scores) or not np.isfinite(c).all():
         raise UsageError(f"the frozen network's logits must be finite, {list(np.shape(scores))}, not {list(c.shape)}")
-    parts = [np.asarray(scores, np.float64), c]
-    parts = [part - part.mean(axis=1, keepdims=True) for part in parts]
-    spread = [max(float(np.sqrt(np.mean(part * part))), 1e-12) for part in parts]
-    parts = [part / size for part, size in zip(parts, spread, strict=True)]  # so that both numbers are of order 1
     T = len(c)
-    wanted = np.array([(1 - 1 / (T + 1)) * part[np.arange(T), y].mean() for part in parts])
+    parts = np.stack([np.asarray(scores, np.float64).T, c.T])  # (2, C, T)
+    parts -= parts.mean(axis=1, keepdims=True)
+    spread = np.maximum(np.sqrt(np.mean(parts * parts, axis=(1, 2))), 1e-12)
+    parts /= spread[:, None, None]  # so that both numbers are of order 1
+    wanted = (1 - 1 / (T + 1)) * parts[:, y, np.arange(T)].mean(axis=1)  # the uniform share adds nothing
 
-    def loss(theta: NDArray[np.float64]) -> float:
-        logits = theta[0] * parts[0] + theta[1] * parts[1]
-        top = logits.max(axis=1)
-        return float((np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top).mean() - theta @ wanted)
+    def loss(theta: NDArray[np.float64]) -> tuple[float, Array, Array]:
+        """The loss, and what its derivatives need: probabilities times their sum, and that sum."""
+        p = theta[0] * parts[0] + theta[1] * parts[1]
+        top = p.max(axis=0)
+        p -= top
+        np.exp(p, out=p)
+        total = p.sum(axis=0)
+        return float((np.log(total) + top).mean() - theta @ wanted), p, total
 
     theta = np.array([float(beta) * spread[0], 0.0])
-    now = loss(theta)
+    now, p, total = loss(theta)
     for _ in range(STEPS):
-        p = softmax(theta[0] * parts[0] + theta[1] * parts[1])
-        means = [np.einsum("ij,ij->i", p, part) for part in parts]
-        slope = np.array([mean.mean() for mean in means]) - wanted
-        H = np.array(
-            [[np.einsum("ij,ij,ij->", p, a, b) / T - (m * n).mean() for b, n in zip(parts, means, strict=True)]
-             for a, m in zip(parts, means, strict=True)]
-        )  # fmt: skip
+        weighted = parts * (p / total)
+        means = weighted.sum(axis=1)
+        slope = means.mean(axis=1) - wanted
+        H = np.einsum("act,bct->ab", weighted, parts) / T - means @ means.T / T
         moving = (theta > 0) | (slope < 0)
         step = np.zeros(2)
         step[moving] = np.linalg.solve((H + 1e-9 * np.eye(2))[np.ix_(moving, moving)], slope[moving])
         share, best = 1.0, now
         while share > 1e-4:
             new = np.maximum(theta - share * step, 0)
-            best = loss(new)
+            best, *state = loss(new)
             if best <= now:
                 break
             share /= 2
         if not best < now - TOLERANCE * abs(now):
             break
-        theta, now = new, best
+        theta, now, (p, total) = new, best, state
     return Temperature(max(theta[0], LOWEST) / spread[0]), float(theta[1] / spread[1])
 
 

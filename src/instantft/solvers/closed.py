@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ..errors import DataError
 from .factor import DType, Factor, Rows, blocks_of, inverse_factor, precision, primal_left_out, runs
 from .lowrank import FeatureSpace, Pair, SampleSpace, reduce_rank
-from .records import CHUNK, Records, subset
+from .records import CHUNK, STRIP, Records, subset
 from .taps import Choice, shrinkage
 
 __all__ = ["KEPT", "SCORED", "TOO_LARGE", "Fitted", "Judged", "dual", "judged", "primal"]
@@ -105,14 +105,16 @@ def dual(records: Records, Y: Doubles, choice: Choice, judge: Judged, rank: int 
     if not np.isfinite(squares).all():
         raise DataError(TOO_LARGE)
     s, c = choice.scale, shrinkage(np.sqrt(np.maximum(squares, 0)), choice.limit)
-    if (c == 1).all():
-        G *= dtype(s * s)
-        G += dtype(1)
-    else:
-        G *= (s * c)[:, None].astype(dtype) * (s * c).astype(dtype)
-        G += c[:, None].astype(dtype) * c.astype(dtype)
+    for rows in records.chunks(STRIP):
+        at = rows, slice(0, rows.stop)  # the lower triangle is enough
+        if (c == 1).all():
+            G[at] *= dtype(s * s)
+            G[at] += dtype(1)
+        else:
+            G[at] *= (s * c)[rows, None].astype(dtype) * (s * c)[: rows.stop].astype(dtype)
+            G[at] += c[rows, None].astype(dtype) * c[: rows.stop].astype(dtype)
     G[np.diag_indices_from(G)] += dtype(choice.lam)
-    factor = Factor(G)
+    factor = Factor(G, records.dense)
     targets = c[:, None] * Y
     alpha = factor.solve(targets.astype(dtype))
     everyone = [judge.rows[block] for block in judge.blocks]
@@ -142,6 +144,7 @@ class _Features:
     Attributes:
         places: columns of each tap in use.
         stretch: (D,), what the features are multiplied by before clipping.
+        dense: who factorises.
     """
 
     def __init__(self, records: Records, Y: Doubles, choice: Choice) -> None:
@@ -152,6 +155,7 @@ class _Features:
         self.stretch = np.empty(self.D)
         for k, at in self.places.items():
             self.stretch[at] = choice.scale * np.sqrt(choice.weights[k])
+        self.dense = records.dense
         self._records, self._Y, self._limit = records, Y, choice.limit * choice.scale
 
     def __call__(self, which: slice | Rows, dtype: DType) -> tuple[Array, Array]:
@@ -180,7 +184,7 @@ def primal(records: Records, Y: Doubles, choice: Choice, judge: Judged, rank: in
         R += Z.T @ targets
     G = A.copy()
     G[np.diag_indices_from(G)] += choice.lam
-    V = inverse_factor(G)
+    V = inverse_factor(G, records.dense)
     W = V.T @ (V @ R)
     pairs = {k: (W[at], np.eye(C)) for k, at in features.places.items()}
     final = W
@@ -226,5 +230,5 @@ def _without(features: _Features, rows: Rows, G: Doubles, R: Doubles) -> Doubles
         Z, targets = features(some, np.float64)
         G -= Z.T @ Z
         R -= Z.T @ targets
-    V = inverse_factor(G)
+    V = inverse_factor(G, features.dense)
     return np.asarray(V.T @ (V @ R))

@@ -15,29 +15,28 @@ In the primal, with features X (T, D), A = XᵀX + λI and r = Y − X·W, the s
 
     e_i = r_i / (1 − h_i),   e_S = (I − H_SS)⁻¹·r_S,   H = X·A⁻¹·Xᵀ.
 
-T samples, D features, C outputs. float64 unless said otherwise. Only `_by_halves` factorises.
+T samples, D features, C outputs. float64 unless said otherwise. Only a `Dense` factorises.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..engine.dense import Dense, DType, NumpyDense
 from ..errors import UsageError
 
-__all__ = ["DType", "Factor", "blocks_of", "inverse_factor", "precision", "primal_left_out", "runs"]
+__all__ = ["NUMPY", "DType", "Factor", "blocks_of", "inverse_factor", "precision", "primal_left_out", "runs"]
 
 Array = NDArray[Any]
 Doubles = NDArray[np.float64]
 Rows = NDArray[np.intp]
-DType = type[np.float32] | type[np.float64]
 
-LEAF = 32
-"""Systems up to this size go to LAPACK."""
+NUMPY = NumpyDense()
 
 FIRST_JITTER, LAST_JITTER = 1e-12, 1e-4
 """Shares of the mean diagonal that are tried where rounding has made a matrix indefinite."""
@@ -49,16 +48,13 @@ LEVERAGE_MARGIN = 1e-12
 """Least 1 − h: a sample that fixes its own prediction completely keeps a finite left-out residual."""
 
 
-def inverse_factor(G: Array) -> Array:
-    """V = L⁻¹, where L is lower triangular and L·Lᵀ = G (n, n); of G's type.
-
-    By halves, so that nearly all of it is matrix products; NumPy's own Cholesky is slower, and it has no inverse of a
-    triangle.
-
-    [A ·]   A = L₁·L₁ᵀ,  L₂₁ = B·L₁⁻ᵀ,  D − L₂₁·L₂₁ᵀ = L₂·L₂ᵀ        [    L₁⁻¹          0  ]
-    [B D]                                                        V = [−L₂⁻¹·L₂₁·L₁⁻¹  L₂⁻¹]
+def inverse_factor(G: Array, dense: Dense = NUMPY) -> Array:
+    """V = L⁻¹, where L is lower triangular and L·Lᵀ = G (n, n), of which the lower triangle is read; of G's type.
 
     Where rounding has made G indefinite, the smallest of a few multiples of the identity that mends it is added.
+
+    Args:
+        dense: who factorises.
 
     Raises:
         UsageError: G holds NaN or Inf, or is far from positive definite.
@@ -68,15 +64,12 @@ def inverse_factor(G: Array) -> Array:
         raise UsageError("a system must hold finite values only, not NaN or Inf")
     jitter = 0.0
     while True:
-        work = np.array(G)
-        work[np.diag_indices_from(work)] += work.dtype.type(jitter * mean)
-        V = np.zeros_like(work)
-        try:
-            _by_halves(work, V, 0, len(work))
-            if np.isfinite(V).all():
-                return V
-        except np.linalg.LinAlgError:
-            pass
+        work = np.array(G, order="C")
+        if jitter:
+            work[np.diag_indices_from(work)] += work.dtype.type(jitter * mean)
+        V = dense.inverse_factor(work)
+        if V is not None:
+            return V
         jitter = FIRST_JITTER if jitter == 0 else 10 * jitter
         if jitter > LAST_JITTER:
             raise UsageError("a system must be positive definite: use a larger lambda")
@@ -85,21 +78,6 @@ def inverse_factor(G: Array) -> Array:
 def precision(error: float, lam: float) -> DType:
     """float32 where rounding of this relative size moves no eigenvalue of the system by much beside λ, else float64."""
     return np.float32 if error * float(np.finfo(np.float32).eps) <= HARMLESS * lam else np.float64
-
-
-def _by_halves(G: Array, V: Array, a: int, b: int) -> None:
-    """Rows and columns a … b−1 of V; those of G are used up."""
-    if b - a <= LEAF:
-        V[a:b, a:b] = np.tril(np.linalg.inv(np.linalg.cholesky(G[a:b, a:b])))
-        return
-    m = (a + b) // 2
-    _by_halves(G, V, a, m)
-    upper = V[a:m, a:m]
-    L21 = G[m:b, a:m] @ upper.T
-    G[m:b, m:b] -= L21 @ L21.T
-    _by_halves(G, V, m, b)
-    np.matmul(V[m:b, m:b], L21 @ upper, out=V[m:b, a:m])
-    V[m:b, a:m] *= -1
 
 
 def blocks_of(groups: Array) -> list[Rows]:
@@ -121,20 +99,22 @@ class Factor:
     """The factorised system of a ridge regression in the dual.
 
     Args:
-        G: (T, T) symmetric, K + λI; its type is that of all results.
+        G: (T, T) symmetric, K + λI, of which the lower triangle is read; its type is that of all results.
+        dense: who factorises.
 
     Raises:
         UsageError: see `inverse_factor`.
     """
 
-    def __init__(self, G: Array) -> None:
-        self.V = inverse_factor(G)
+    def __init__(self, G: Array, dense: Dense = NUMPY) -> None:
+        self.V = inverse_factor(G, dense)
+        self._dense = dense
 
     def solve(self, Y: Array) -> Array:
         """α = G⁻¹·Y, (T, C)."""
         return np.asarray(self.V.T @ (self.V @ Y))
 
-    def left_out(self, alpha: Array, blocks: Iterable[Rows] | None = None) -> Array:
+    def left_out(self, alpha: Array, blocks: Sequence[Rows] | None = None) -> Array:
         """Residuals (T, C) of every sample, left out alone or with its block.
 
         Args:
@@ -145,14 +125,27 @@ class Factor:
             diagonal = np.einsum("ij,ij->j", self.V, self.V)
             return np.asarray(alpha / diagonal[:, None])
         e = np.empty_like(alpha)
-        for rows in blocks:
-            first, last = int(rows.min()), int(rows.max())
-            run = last - first + 1 == len(rows)  # then a view will do; above a column's diagonal is nothing
-            columns = self.V[first:, first : last + 1] if run else self.V[first:, rows]
-            e[np.sort(rows) if run else rows] = np.linalg.solve(
-                columns.T @ columns, alpha[first : last + 1] if run else alpha[rows]
-            )
+        starts = _starts(blocks)
+        if starts is None:
+            for rows in blocks:
+                columns = self.V[int(rows.min()) :, rows]  # above a column's diagonal is nothing
+                e[rows] = np.linalg.solve(columns.T @ columns, alpha[rows])
+            return e
+        sizes = np.diff(starts)
+        ends = np.cumsum(sizes * sizes)
+        parts = self._dense.inverse_blocks(self.V, starts)
+        for m in np.unique(sizes).tolist():  # blocks of one size together
+            which = np.flatnonzero(sizes == m)
+            rows = starts[which][:, None] + np.arange(m)
+            M = parts[(ends[which] - m * m)[:, None] + np.arange(m * m)].reshape(-1, m, m)
+            e[rows] = np.linalg.solve(M, alpha[rows])
         return e
+
+
+def _starts(blocks: Sequence[Rows]) -> NDArray[np.int64] | None:
+    """Where each block starts, and the end, if they are runs of consecutive rows that follow each other; else None."""
+    starts = np.cumsum([0, *map(len, blocks)])
+    return starts if np.array_equal(np.concatenate([*blocks, []]), np.arange(starts[-1])) else None
 
 
 def primal_left_out(X: Array, residuals: Array, V: Array, blocks: Sequence[Rows] | None = None) -> Array:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ..backbones.builtin import Network
 from ..cache.store import Store
 from ..engine import Engine, Floats
+from ..engine.dense import Dense, DType
 from ..spec import NetSpec
 from .factor import Rows, runs
 
@@ -24,6 +25,9 @@ Array = NDArray[Any]
 
 CHUNK = 1024
 """Samples that are looked at together where not all are."""
+
+STRIP = 64
+"""Rows of a Gram matrix that are looked at together."""
 
 RUNS = 32
 """Runs of consecutive samples that a subset consists of."""
@@ -52,6 +56,7 @@ class Records:
         self._x, self._numbers, self._store = x, numbers, store
         self._rows: Floats | None = None
         self.spec: NetSpec = base.spec
+        self.dense: Dense = engine.dense
         self._places = [(s.offset, s.offset + s.size) for s in base.spec.record.segments[:-1]]
         self._products: dict[tuple[int, ...], Floats] = {}
 
@@ -59,7 +64,9 @@ class Records:
         return len(self._x)
 
     def keep(self) -> None:
-        """Hold the records of all samples decoded in memory from now on."""
+        """Hold the records of all samples decoded in memory from now on; in the store itself if they lie so there."""
+        if self._rows is None and self._store is not None:
+            self._rows = self._store.in_place(self._numbers)
         if self._rows is None:
             self._rows = self._read(slice(0, len(self)))
 
@@ -68,44 +75,49 @@ class Records:
         rows = self._rows[which] if self._rows is not None else self._read(which)
         return [self._x[which], *(rows[:, a:b] for a, b in self._places)]
 
-    def chunks(self) -> Iterator[slice]:
-        """All samples, CHUNK at a time."""
-        for start in range(0, len(self), CHUNK):
-            yield slice(start, min(start + CHUNK, len(self)))
+    def chunks(self, size: int = CHUNK) -> Iterator[slice]:
+        """All samples, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield slice(start, min(start + size, len(self)))
 
     def product(self, taps: Sequence[int], rows: Rows | None = None) -> Floats:
         """X·Xᵀ of neighbouring taps side by side, (n, n) float32; that of all samples is kept for the next time.
 
         Args:
             taps: their numbers; 0 stands alone.
-            rows: which samples; None: all.
+            rows: which samples, in order; None: all.
         """
+        lower = np.tril(self.triangle(taps, rows))
+        lower += np.tril(lower, -1).T
+        return lower
+
+    def triangle(self, taps: Sequence[int], rows: Rows | None = None) -> Floats:
+        """As `product`, but only on and below the diagonal; what is above has no meaning."""
         key = tuple(taps)
+        dense, threads = self.dense, self._threads
         whole = self._products.get(key)
         if whole is None and (rows is None or len(rows) == len(self)):
-            block = self._block(key, slice(0, len(self)))
-            whole = self._products[key] = block @ block.T
+            whole = self._products[key] = dense.gram(self._block(key, slice(0, len(self))), np.float32, threads)
         if whole is not None:
             return whole if rows is None or len(rows) == len(self) else whole[np.ix_(rows, rows)]
         assert rows is not None
-        block = self._block(key, rows)
-        return np.asarray(block @ block.T)
+        return dense.gram(self._block(key, rows), np.float32, threads)
 
-    def gram(self, weights: Sequence[float], dtype: type[np.float32] | type[np.float64]) -> Array:
-        """K = Σ_k w_k·X_k·X_kᵀ (T, T), computed in `dtype`."""
+    def gram(self, weights: Sequence[float], dtype: DType) -> Array:
+        """K = Σ_k w_k·X_k·X_kᵀ (T, T), computed in `dtype`; only on and below the diagonal."""
         self.keep()
-        K: Array | None = None
-        for taps, part in self._parts(weights, dtype):
-            weight = dtype(weights[taps[0]])
-            if K is None:
-                K = weight * part
-            else:
-                K += weight * part
-        return np.zeros((len(self), len(self)), dtype) if K is None else K
+        K = np.zeros((len(self), len(self)), dtype)
+        parts = [(dtype(weights[taps[0]]), part) for taps, part in self._parts(weights, dtype)]
+        for rows in self.chunks(STRIP):  # so that what is added lies near
+            at = rows, slice(0, rows.stop)
+            for i, (weight, part) in enumerate(parts):
+                if i == 0:
+                    np.multiply(part[at], weight, out=K[at])
+                else:
+                    K[at] += weight * part[at]
+        return K
 
-    def _parts(
-        self, weights: Sequence[float], dtype: type[np.float32] | type[np.float64]
-    ) -> Iterator[tuple[tuple[int, ...], Array]]:
+    def _parts(self, weights: Sequence[float], dtype: DType) -> Iterator[tuple[tuple[int, ...], Array]]:
         """Taps of one weight, and their product: those that are kept, if they make up the whole, or new ones."""
         used = {k for k, w in enumerate(weights) if w}
         kept = [taps for taps in self._products if len({weights[k] for k in taps}) == 1 and set(taps) <= used]
@@ -114,8 +126,7 @@ class Records:
                 yield taps, self._products[taps]
             return
         for taps in alike(weights):
-            block = self._block(taps, slice(0, len(self))).astype(dtype, copy=False)
-            yield taps, block @ block.T
+            yield taps, self.dense.gram(self._block(taps, slice(0, len(self))), dtype, self._threads)
 
     def _block(self, taps: tuple[int, ...], which: slice | Rows) -> Floats:
         """Neighbouring taps side by side; the zeros between them add nothing to a product."""
@@ -141,9 +152,9 @@ class Records:
 
     def frozen(self, which: slice | Rows) -> Floats:
         """c (n, C), the frozen network's output."""
-        rows = self._rows[which] if self._rows is not None else self._read(which)
         last = self.spec.record.segments[-1]
-        return rows[:, last.offset : last.offset + last.size]
+        columns = slice(last.offset, last.offset + last.size)
+        return self._rows[:, columns][which] if self._rows is not None else self._read(which)[:, columns]
 
 
 def alike(weights: Sequence[float]) -> list[tuple[int, ...]]:

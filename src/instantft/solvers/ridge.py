@@ -272,29 +272,29 @@ def _choose(
         if groups is not None:
             blocks = blocks_of(groups[rows])
         with np.errstate(over="ignore", invalid="ignore"):
-            grams = [np.asarray(records.product(part, rows), np.float64) for part in parts]
+            grams = [records.triangle(part, rows) for part in parts]
         if not all(np.isfinite(K).all() for K in grams):
             raise DataError(closed.TOO_LARGE)
-        return selection.Sample(grams, np.eye(C)[y[rows]], blocks)
+        return selection.Sample(grams, np.eye(C)[y[rows]], blocks, records.dense)
 
     if taps == "auto":
         most = min(closed.KEPT, sum(records.spec.tap_widths))
         if most >= T:
             with np.errstate(over="ignore", invalid="ignore"):
                 for part in parts:  # wanted for the system anyway; the samples are cut out of them
-                    records.product(part)
+                    records.triangle(part)
         found = selection.choose(sample(FEW), (lambda: sample(MANY)) if T > FEW else None)
         weights = tuple(found.weights[min(k, 2)] for k in range(L))
     else:
         few = sample(FEW)
-        found = selection.with_weights(few.grams, few.Y, (1.0,) * len(parts))
+        found = selection.with_weights(few, (1.0,) * len(parts))
     return replace(found, weights=weights)
 
 
 def _logits(scores: Array, frozen: Floats, labels: NDArray[np.int32], blocks: list[Rows]) -> tuple[Temperature, float]:
     """β and the gain on the frozen output, which is 0 unless that is surely better on left-out samples."""
     alone = fit_temperature(scores, labels)
-    beta, gain = fit_mixture(scores, frozen, labels)
+    beta, gain = fit_mixture(scores, frozen, labels, alone)
     before, after = float(alone) * scores, float(beta) * scores + gain * frozen
     surely = selection.excess(log_loss(before, labels) - log_loss(after, labels), blocks) >= HELPS
     if gain > 0 and surely and _accuracy(after, labels) >= _accuracy(before, labels):

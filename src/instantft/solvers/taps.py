@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..engine.dense import Dense
 from .calibration import fit_temperature, log_loss
-from .factor import Factor, Rows, precision
+from .factor import NUMPY, Factor, Rows, precision
 
 __all__ = [
     "LADDER",
@@ -60,7 +61,7 @@ LOWEST, HIGHEST = 1e-4, 1e2
 """Bounds of λ. Records have norm 1, so that below the first nothing is shrunk and above the second nothing is left."""
 
 
-SMALL = 256
+SMALL = 128
 """Systems up to this size gain nothing by float32."""
 
 CLIP = 3.0
@@ -89,15 +90,17 @@ class System:
     """Records as their Gram matrix, scaled and clipped: Z·Zᵀ of Z = diag(c)·[s·x | 1] with targets diag(c)·Y.
 
     Attributes:
-        K: (n, n).
+        K: (n, n), on and below the diagonal, of the type of what it was made from.
         c: (n,), 1 but for records beyond the limit.
         scale, limit: as in `Choice`.
+        dense: who factorises.
     """
 
-    K: Doubles
+    K: Array
     c: Doubles
     scale: float
     limit: float
+    dense: Dense = NUMPY
 
 
 def shrinkage(norms: Array, limit: float) -> Doubles:
@@ -105,7 +108,7 @@ def shrinkage(norms: Array, limit: float) -> Doubles:
     return np.asarray(np.minimum(1.0, limit / np.maximum(norms, 1e-300)), np.float64)
 
 
-def system(grams: Sequence[Doubles], weights: Sequence[float]) -> System:
+def system(grams: Sequence[Array], weights: Sequence[float], dense: Dense = NUMPY) -> System:
     """The system of a weighted set of taps, K = Σ w_k·K_k before scaling.
 
     A heavy-tailed sensor yields now and then a record that outweighs all others together. Beyond CLIP medians a
@@ -116,40 +119,51 @@ def system(grams: Sequence[Doubles], weights: Sequence[float]) -> System:
     for w, part in zip(weights, grams, strict=True):
         if w:
             K += w * part
-    norms = np.sqrt(np.maximum(np.diagonal(K), 0))
+    norms = np.sqrt(np.maximum(np.diagonal(K), 0).astype(np.float64))
     median = float(np.median(norms))
     limit = CLIP * median if median > 0 else np.inf
     c = shrinkage(norms, limit)
     mean = float((c * norms).mean())
     scale = 1.0 / mean if mean > 0 else 1.0
-    K *= (scale * c)[:, None] * (scale * c)
-    K += c[:, None] * c
-    return System(K, c, scale, limit)
+    if (c == 1).all():
+        K *= scale * scale
+        K += 1
+    else:
+        K *= (scale * c)[:, None] * (scale * c)
+        K += c[:, None] * c
+    return System(K, c, scale, limit, dense)
+
+
+def solved(system: System, Y: Doubles, lam: float) -> tuple[Factor, Array]:
+    """The factor and α at λ."""
+    dtype = precision(len(Y), lam) if len(Y) > SMALL else np.float64
+    G: Array = system.K.astype(dtype)
+    G[np.diag_indices_from(G)] += lam
+    factor = Factor(G, system.dense)
+    return factor, factor.solve((system.c[:, None] * Y).astype(dtype))
 
 
 def left_out(system: System, Y: Doubles, lam: float, blocks: Sequence[Rows] | None = None) -> Doubles:
     """Residuals (n, C) of samples left out, alone or in blocks, at λ; those of a clipped record are clipped with it."""
-    dtype = precision(len(Y), lam) if len(Y) > SMALL else np.float64
-    G: Array = system.K.astype(dtype)
-    G[np.diag_indices_from(G)] += lam
-    factor = Factor(G)
-    targets = (system.c[:, None] * Y).astype(dtype)
-    return np.asarray(factor.left_out(factor.solve(targets), blocks), np.float64)
+    factor, alpha = solved(system, Y, lam)
+    return np.asarray(factor.left_out(alpha, blocks), np.float64)
 
 
-def best_lambda(system: System, Y: Doubles, start: float = START) -> tuple[float, float]:
-    """λ of the smallest leave-one-out squared error, and that error (mean over samples, sum over outputs).
+def best_lambda(system: System, Y: Doubles, start: float = START, first: float | None = None) -> tuple[float, float]:
+    """λ of the smallest leave-one-out squared error, and that error (`squared`).
 
     Downhill in steps of √10 from `start`, then the lowest point of the parabola through the last three.
+
+    Args:
+        first: the error at `start`, where that is known.
     """
     if len(Y) < 2:
         return start, float((Y * Y).sum() / max(len(Y), 1))
-    seen: dict[int, float] = {}
+    seen: dict[int, float] = {} if first is None else {0: first}
 
     def error(i: int) -> float:
         if i not in seen:
-            e = left_out(system, Y, start * 10.0 ** (STEP * i))
-            seen[i] = float((e * e).sum() / len(e))
+            seen[i] = squared(left_out(system, Y, start * 10.0 ** (STEP * i)))
         return seen[i]
 
     inside = range(int(np.ceil(np.log10(LOWEST / start) / STEP)), int(np.log10(HIGHEST / start) / STEP) + 1)
@@ -168,26 +182,28 @@ def best_lambda(system: System, Y: Doubles, start: float = START) -> tuple[float
     return start * 10.0 ** (STEP * (i + shift)), error(i)
 
 
-def with_weights(grams: Sequence[Doubles], Y: Doubles, weights: Sequence[float]) -> Choice:
-    """λ for weights that are given."""
-    made = system(grams, weights)
-    lam, _ = best_lambda(made, Y)
-    return Choice(lam, tuple(float(w) for w in weights), made.scale, made.limit)
-
-
 @dataclass(frozen=True)
 class Sample:
     """What a choice is made on.
 
     Attributes:
-        grams: L matrices (n, n), the Gram matrix of each tap.
+        grams: L matrices (n, n), the Gram matrix of each tap, on and below the diagonal.
         Y: (n, C) one-hot targets.
         blocks: rows that are left out together.
+        dense: who factorises.
     """
 
-    grams: Sequence[Doubles]
+    grams: Sequence[Array]
     Y: Doubles
     blocks: Sequence[Rows]
+    dense: Dense = NUMPY
+
+
+def with_weights(sample: Sample, weights: Sequence[float]) -> Choice:
+    """λ for weights that are given."""
+    made = system(sample.grams, weights, sample.dense)
+    lam, _ = best_lambda(made, sample.Y)
+    return Choice(lam, tuple(float(w) for w in weights), made.scale, made.limit)
 
 
 def choose(few: Sample, many: Callable[[], Sample] | None = None) -> Choice:
@@ -203,32 +219,46 @@ def choose(few: Sample, many: Callable[[], Sample] | None = None) -> Choice:
         many: more samples, to decide between the rungs that `few` leaves open; None: there are no more.
     """
     rungs = [ladder_weights(len(few.grams), *rung) for rung in LADDER]
+    systems: dict[tuple[float, ...], System] = {}
     tried: dict[tuple[float, ...], tuple[float, Doubles]] = {}
     lam = START
     for weights in dict.fromkeys(rungs):
+        made, first = system(few.grams, weights, few.dense), None
         if tried and many is not None:
+            factor, alpha = solved(made, few.Y, lam)
+            first = squared(factor.left_out(alpha))
+            blocked = factor.left_out(alpha, few.blocks)
             least = min((loss for _, loss in tried.values()), key=lambda loss: float(loss.mean()))
-            if excess(block_loss(few, weights, lam) - least, few.blocks) > HOPELESS:
+            if excess(loss_of(blocked, made, few.Y) - least, few.blocks) > HOPELESS:
                 continue
-        lam, _ = best_lambda(system(few.grams, weights), few.Y, lam)
-        tried[weights] = lam, block_loss(few, weights, lam)
+        lam, _ = best_lambda(made, few.Y, lam, first)
+        systems[weights], tried[weights] = made, (lam, block_loss(few, made, lam))
     if many is not None:
         tried = {w: tried[w] for w in _no_worse({w: loss for w, (_, loss) in tried.items()}, few.blocks, SURE)}
         if len(tried) > 1:
             few = many()
-            tried = {w: (lam, block_loss(few, w, lam)) for w, (lam, _) in tried.items()}
+            systems = {w: system(few.grams, w, few.dense) for w in tried}
+            tried = {w: (lam, block_loss(few, systems[w], lam)) for w, (lam, _) in tried.items()}
     margin = MARGIN * min(1.0, len(few.Y) / ENOUGH)
     last = _no_worse({w: loss for w, (_, loss) in tried.items()}, few.blocks, margin)[-1]
-    made = system(few.grams, last)
-    return Choice(tried[last][0], last, made.scale, made.limit)
+    return Choice(tried[last][0], last, systems[last].scale, systems[last].limit)
 
 
-def block_loss(sample: Sample, weights: Sequence[float], lam: float) -> Doubles:
+def block_loss(sample: Sample, made: System, lam: float) -> Doubles:
     """(n,): log loss of every sample, left out with its block, at the best temperature."""
-    y = sample.Y.argmax(axis=1)
-    made = system(sample.grams, weights)
-    scores = made.c[:, None] * sample.Y - left_out(made, sample.Y, lam, sample.blocks)
+    return loss_of(left_out(made, sample.Y, lam, sample.blocks), made, sample.Y)
+
+
+def loss_of(residuals: Array, made: System, Y: Doubles) -> Doubles:
+    """(n,): log loss of left-out samples, from their residuals, at the best temperature."""
+    y = Y.argmax(axis=1)
+    scores = made.c[:, None] * Y - residuals
     return np.asarray(log_loss(float(fit_temperature(scores, y)) * scores, y))
+
+
+def squared(residuals: Array) -> float:
+    """Squared error, mean over samples, sum over outputs."""
+    return float(np.einsum("ij,ij->", residuals, residuals) / len(residuals))
 
 
 def ladder_weights(L: int, delta: float, rho: float) -> tuple[float, ...]:
