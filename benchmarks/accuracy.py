@@ -41,7 +41,7 @@ from instantft.cache.store import memory_store
 from instantft.data.drift import rotate
 from instantft.engine import Engine, Floats, get_engine
 from instantft.errors import DivergedError
-from instantft.methods import METHODS, Method
+from instantft.methods import SGD_METHODS, Method
 from instantft.solvers import sgd
 from instantft.spec import NetSpec, dnn, lenet5
 
@@ -223,8 +223,8 @@ def theirs(task: Task, net: Network, m: Method, tune: Samples, test: Samples, se
 
 def wanted(with_torch: bool) -> list[str]:
     """Keys of the results of one seed."""
-    keys = ["none", *(f"ours {m}" for m in METHODS), *(f"cache {c}" for c in CODECS)]
-    return keys + ([f"torch {m}" for m in METHODS] if with_torch else [])
+    keys = ["none", *(f"ours {m}" for m in SGD_METHODS), *(f"cache {c}" for c in CODECS)]
+    return keys + ([f"torch {m}" for m in SGD_METHODS] if with_torch else [])
 
 
 Results = dict[str, list[float | None]]
@@ -242,12 +242,12 @@ def run_seed(name: str, task: Task, seed: int, engine_name: str, keys: Sequence[
         if kind == "none":
             found[key] = [accuracy(engine.forward(net.spec, net.tensors, test[0]), test[1])]
         elif kind == "ours":
-            found[key] = [ours(engine, task, net, METHODS[what], tune, test, seed, "fp32")]
+            found[key] = [ours(engine, task, net, SGD_METHODS[what], tune, test, seed, "fp32")]
         elif kind == "torch":
-            found[key] = [theirs(task, net, METHODS[what], tune, test, seed)]
+            found[key] = [theirs(task, net, SGD_METHODS[what], tune, test, seed)]
         else:
             draws = [seed + 1000 * d for d in range(DRAWS)]
-            skip2 = METHODS["skip2-lora"]
+            skip2 = SGD_METHODS["skip2-lora"]
             found[key] = [ours(engine, task, net, skip2, *drifted(task, d), d, what) for d in draws]
     return found
 
@@ -286,7 +286,7 @@ def report_task(task: Task, by_seed: dict[str, Results]) -> str:
     with_torch = any(key.startswith("torch") for s in seeds for key in by_seed[s])
     rows: list[list[object]] = [["none", paper.get("none", ""), _cell(column("none")), *["", ""] * with_torch]]
     worst = 0.0
-    for m in METHODS.values():
+    for m in SGD_METHODS.values():
         mine, other = column(f"ours {m.name}"), column(f"torch {m.name}")
         row: list[object] = [m.title, paper.get(m.name, ""), _cell(mine)]
         if with_torch:

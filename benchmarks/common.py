@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from instantft.cost import cost
-from instantft.methods import METHODS, Method
+from instantft.methods import SGD_METHODS, Method
 from instantft.solvers import sgd
 from instantft.spec import NetSpec
 
@@ -105,7 +105,7 @@ def step_flops(spec: NetSpec, method: Method, rank: int = 4, *, cached: bool | N
 def run_flops(spec: NetSpec, method: Method, T: int, E: int, rank: int = 4, *, cached: bool | None = None) -> int:
     """Operations of a whole fine-tuning of T samples over E epochs, filling the cache included."""
     cached = method.cached if cached is None else cached
-    fill = cost(spec, METHODS["ft-last"], rank).forward if cached else 0
+    fill = cost(spec, SGD_METHODS["ft-last"], rank).forward if cached else 0
     return T * (fill + E * step_flops(spec, method, rank, cached=cached))
 
 

@@ -48,7 +48,7 @@ from instantft.cache.codecs import codec
 from instantft.cache.store import memory_store
 from instantft.data.drift import rotate
 from instantft.engine import Engine, get_engine
-from instantft.methods import METHODS, Method
+from instantft.methods import SGD_METHODS, Method
 from instantft.solvers import sgd
 from instantft.spec import dnn, lenet5
 
@@ -118,15 +118,15 @@ def native_jobs(engine: Engine, all_works: list[Work]) -> Jobs:
     """What instantft is timed at, by name; each job returns its seconds ("peak": GFLOP/s)."""
     jobs: Jobs = {}
     for w in all_works:
-        for m in METHODS.values():
+        for m in SGD_METHODS.values():
             if w.name == "lenet5":
                 jobs[f"lenet5 whole {m.name}"] = partial(_fit, engine, w, m, w.E)
             jobs[f"{w.name} step {m.name}"] = partial(_epochs, engine, w, m)
-        jobs[f"{w.name} own lora-all"] = partial(_fit, engine, w, METHODS["lora-all"], w.E_own)
-        jobs[f"{w.name} own skip2-lora"] = partial(_fit, engine, w, METHODS["skip2-lora"], w.E_own)
+        jobs[f"{w.name} own lora-all"] = partial(_fit, engine, w, SGD_METHODS["lora-all"], w.E_own)
+        jobs[f"{w.name} own skip2-lora"] = partial(_fit, engine, w, SGD_METHODS["skip2-lora"], w.E_own)
     for name in ("fp32", *FOUR_BIT):
         w = all_works[0]
-        jobs[f"lenet5 codec {name}"] = partial(_fit, engine, w, METHODS["skip2-lora"], w.E, name)
+        jobs[f"lenet5 codec {name}"] = partial(_fit, engine, w, SGD_METHODS["skip2-lora"], w.E, name)
     if engine.name == "native":
         from instantft._core import Core
         from instantft.engine.native import NativeEngine, fma_peak
@@ -173,7 +173,7 @@ def torch_jobs(all_works: list[Work]) -> Jobs:
     """The same work in PyTorch, by the same names."""
     jobs: Jobs = {}
     for w in all_works:
-        for m in METHODS.values():
+        for m in SGD_METHODS.values():
             if w.name == "lenet5":
                 jobs[f"lenet5 whole {m.name}"] = partial(_torch_fit, w, m)
             jobs[f"{w.name} step {m.name}"] = partial(_torch_epochs, w, m)
@@ -286,10 +286,10 @@ def checks(ours: Mapping[str, float], torch: Mapping[str, float], all_works: lis
         (("ft-all", "ft-bias", "lora-all", "ft-all-lora"), 1.5),
     ):
         for name in names:
-            against(f"{LENET}: {METHODS[name].title} against PyTorch", whole + name, target)
-            against(f"{DNN}: {METHODS[name].title} step against PyTorch", step + name, target)
+            against(f"{LENET}: {SGD_METHODS[name].title} against PyTorch", whole + name, target)
+            against(f"{DNN}: {SGD_METHODS[name].title} step against PyTorch", step + name, target)
     for w, label in ((lenet, LENET), (fan, f"{DNN}, E={fan.E_own}")):
-        operations = [run_flops(w.base.spec, METHODS[n], len(w.x), w.E_own) for n in ("lora-all", "skip2-lora")]
+        operations = [run_flops(w.base.spec, SGD_METHODS[n], len(w.x), w.E_own) for n in ("lora-all", "skip2-lora")]
         ratio = ours[f"{w.name} own lora-all"] / ours[f"{w.name} own skip2-lora"]
         what = f"{label}: Skip2-LoRA against our LoRA-All (operations {operations[0] / operations[1]:.1f}×)"
         found.append(Check(what, 0.8 * operations[0] / operations[1], ratio))
@@ -301,9 +301,9 @@ def checks(ours: Mapping[str, float], torch: Mapping[str, float], all_works: lis
     if "peak" in ours:
         for what, name, aim in (
             ("ten cached epochs", "skip2-lora", 0.5),
-            *((METHODS[n].title, n, 0.4) for n in ("ft-all", "ft-bias", "lora-all", "ft-all-lora")),
+            *((SGD_METHODS[n].title, n, 0.4) for n in ("ft-all", "ft-bias", "lora-all", "ft-all-lora")),
         ):
-            fraction = rate(ours, lenet, METHODS[name]) / ours["peak"]
+            fraction = rate(ours, lenet, SGD_METHODS[name]) / ours["peak"]
             found.append(Check(f"LeNet-5: {what}, fraction of FMA peak", aim, fraction, unit="", required=False))
     return found
 
@@ -334,7 +334,7 @@ def report(medians: Medians, imports: Mapping[str, float], all_works: list[Work]
         return [f"{medians[s][key] * 1e3:.2f}" for s in sides]
 
     own = [
-        [f"{w.name}, {METHODS[n].title}, E={w.E_own}", *milliseconds(f"{w.name} own {n}")]
+        [f"{w.name}, {SGD_METHODS[n].title}, E={w.E_own}", *milliseconds(f"{w.name} own {n}")]
         for w in all_works
         for n in ("lora-all", "skip2-lora")
     ]
@@ -366,7 +366,7 @@ def _times(title: str, medians: Medians, w: Work, kind: str, scale: float) -> st
     sides = [name for name in medians if name != "torch"]
     with_torch = "torch" in medians
     rows: list[list[object]] = []
-    for m in METHODS.values():
+    for m in SGD_METHODS.values():
         key = f"{w.name} {kind} {m.name}"
         row: list[object] = [m.title]
         if with_torch:

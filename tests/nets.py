@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 
-from instantft.methods import METHODS, Method, trainable
+from instantft.methods import SGD_METHODS, Method, trainable
 from instantft.spec import LayerSpec, NetSpec, dnn, lenet5
 
 ODD = NetSpec(
@@ -62,4 +62,4 @@ def samples_for(spec: NetSpec, T: int, seed: int = 0) -> tuple[np.ndarray, np.nd
     return x, rng.integers(0, spec.C, T).astype(np.int32)
 
 
-METHOD_NAMES = tuple(METHODS)
+METHOD_NAMES = tuple(SGD_METHODS)

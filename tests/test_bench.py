@@ -10,7 +10,7 @@ import pytest
 from instantft.backbones.builtin import Network
 from instantft.bench import run_bench
 from instantft.engine.reference import ReferenceEngine
-from instantft.methods import METHODS
+from instantft.methods import SGD_METHODS
 
 from . import samples
 from .nets import NETS, samples_for, tensors_for
@@ -32,7 +32,7 @@ def test_a_last_batch_of_one_sample(net: str) -> None:
     spec = NETS[net]
     x, y = samples_for(spec, 21)
     found = rows(Network(spec, tensors_for(spec)), x, y)
-    assert {f"PyTorch {name}" for name in METHODS} < set(found)
+    assert {f"PyTorch {name}" for name in SGD_METHODS} < set(found)
 
 
 @pytest.mark.parametrize("T", [1, 60])
@@ -47,5 +47,5 @@ def test_rivals_are_judged_by_running_statistics(T: int) -> None:
         tensors[f"layers.{k}.bn.running_var"] = np.full(5, 9, np.float32)
     x, y = samples.blobs(T)
     found = rows(Network(samples.SPEC, tensors), x, y, batch_size=T, lr=0.5, epochs=3)
-    ours = {name: found[name]["accuracy"] for name in METHODS if name != "skip2-lora"}
+    ours = {name: found[name]["accuracy"] for name in SGD_METHODS if name != "skip2-lora"}
     assert {name: found[f"PyTorch {name}"]["accuracy"] for name in ours} == pytest.approx(ours)

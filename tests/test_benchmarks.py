@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from instantft.cache.store import Store, memory_store
 from instantft.engine import Engine
-from instantft.methods import METHODS, trainable
+from instantft.methods import SGD_METHODS, trainable
 
 from .nets import NETS, samples_for, tensors_for
 
@@ -44,9 +44,9 @@ RANK, BATCH, T, E = 3, 5, 18, 2  # the last batch of an epoch is smaller: 4 step
 
 
 @pytest.mark.parametrize("net", ["dnn", "lenet5", "odd"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SGD_METHODS)
 def test_rival_does_the_same_work(name: str, net: str, engine: Engine) -> None:
-    method, spec = METHODS[name], NETS[net]
+    method, spec = SGD_METHODS[name], NETS[net]
     start, (x, y) = tensors_for(spec, method, RANK), samples_for(spec, T)
     lr, momentum = 0.01, 0.5
     rival = Rival(spec, start, method, x, y, lr=lr, momentum=momentum, batch_size=BATCH)
@@ -88,7 +88,7 @@ def _same_logits(a: Floats, b: Floats, tolerance: float = FORWARD) -> None:
 @pytest.mark.parametrize("name", ["ft-last", "lora-last", "skip-lora"])
 def test_rival_with_and_without_cache_agree(name: str) -> None:
     """What is cached is what would be computed; convolutions over other batches may round otherwise."""
-    method, spec = METHODS[name], NETS["lenet5"]
+    method, spec = SGD_METHODS[name], NETS["lenet5"]
     start, (x, y) = tensors_for(spec, method, RANK), samples_for(spec, T)
     results = []
     for cached in (False, True):
@@ -100,16 +100,16 @@ def test_rival_with_and_without_cache_agree(name: str) -> None:
 
 
 def test_rival_refuses_to_cache_what_changes() -> None:
-    spec, method = NETS["dnn"], METHODS["lora-all"]
+    spec, method = NETS["dnn"], SGD_METHODS["lora-all"]
     x, y = samples_for(spec, T)
     with pytest.raises(ValueError, match="cached must be False for lora-all"):
         Rival(spec, tensors_for(spec, method, RANK), method, x, y, lr=0.02, cached=True)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SGD_METHODS)
 def test_rival_trains_exactly_what_the_method_trains(name: str) -> None:
     """Autograd is asked for no gradient that the method does not need."""
-    spec, method = NETS["dnn"], METHODS[name]
+    spec, method = NETS["dnn"], SGD_METHODS[name]
     x, y = samples_for(spec, T)
     rival = Rival(spec, tensors_for(spec, method, RANK), method, x, y, lr=0.02)
     trained = sum(p.numel() for group in rival.optimizer.param_groups for p in group["params"])
@@ -121,7 +121,7 @@ def test_rival_trains_exactly_what_the_method_trains(name: str) -> None:
 
 def test_ratio_of_operations() -> None:
     """LoRA-All costs 13.1 times the operations of Skip2-LoRA on LeNet-5, as the targets of benchmarks/speed.py say."""
-    lora_all, skip2 = (run_flops(NETS["lenet5"], METHODS[n], 1024, 10) for n in ("lora-all", "skip2-lora"))
+    lora_all, skip2 = (run_flops(NETS["lenet5"], SGD_METHODS[n], 1024, 10) for n in ("lora-all", "skip2-lora"))
     assert lora_all == 1024 * 10 * (923_450 + 743_388)
     assert skip2 == 1024 * (850_794 + 10 * (20_912 + 21_312))
     assert round(lora_all / skip2, 1) == 13.1

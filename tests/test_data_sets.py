@@ -20,7 +20,7 @@ from instantft.data.drift import rotate
 from instantft.engine import Engine, get_engine
 from instantft.engine.reference import ReferenceEngine
 from instantft.errors import EngineError
-from instantft.methods import METHODS
+from instantft.methods import SGD_METHODS
 from instantft.solvers import sgd
 from instantft.spec import NetSpec, dnn, lenet5
 
@@ -114,7 +114,7 @@ def test_every_method_on_clothes(native: Engine) -> None:
     base, x, y = clothes(native, 20_000, 3)
     before = accuracy(native, base, {}, x[1024:], y[1024:])
     gain = {}
-    for name in METHODS:
+    for name in SGD_METHODS:
         fitted = sgd.fit(native, base, name, x[:1024], y[:1024], epochs=10, lr=0.02)
         gain[name] = accuracy(native, base, fitted.adapter.tensors, x[1024:], y[1024:]) - before
     assert min(gain.values()) > 10

@@ -12,7 +12,7 @@ from instantft.cache.store import Store, memory_store
 from instantft.engine import Engine, EpochStats, Trainer
 from instantft.engine.reference import ReferenceEngine
 from instantft.errors import UsageError
-from instantft.methods import METHODS
+from instantft.methods import SGD_METHODS
 from instantft.spec import LayerSpec, NetSpec
 
 from .nets import METHOD_NAMES, NETS, generator, samples_for, tensors_for
@@ -31,7 +31,7 @@ these cases the reference itself is 1.4e-3 away from the same training in float6
 test_gradients."""
 
 REFERENCE = ReferenceEngine()
-CACHED = [name for name, m in METHODS.items() if m.cacheable]
+CACHED = [name for name, m in SGD_METHODS.items() if m.cacheable]
 
 
 def assert_near(got: np.ndarray, expected: np.ndarray, tolerance: float, what: str = "") -> None:
@@ -61,7 +61,7 @@ def train(
     first: int = 0,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], EpochStats]:
     """Tensors before, tensors after, and statistics of a small training."""
-    m = METHODS[method]
+    m = SGD_METHODS[method]
     tensors = tensors_for(spec, m, rank)
     x, y = samples_for(spec, T)
     numbers = np.arange(first, first + T, dtype=np.int64)
@@ -96,7 +96,7 @@ def assert_same_training(got: tuple, expected: tuple) -> None:
 @pytest.mark.parametrize("net", NETS)
 def test_forward(engine: Engine, net: str, method: str | None) -> None:
     spec = NETS[net]
-    tensors = tensors_for(spec, METHODS[method] if method else None, 5)
+    tensors = tensors_for(spec, SGD_METHODS[method] if method else None, 5)
     for T in (1, 3, 20, 37):
         x, _ = samples_for(spec, T)
         assert_near(engine.forward(spec, tensors, x), REFERENCE.forward(spec, tensors, x), FORWARD)
@@ -105,7 +105,7 @@ def test_forward(engine: Engine, net: str, method: str | None) -> None:
 @pytest.mark.parametrize("method", [None, "lora-last", "skip-lora"])
 def test_forward_honours_gain_and_bias(engine: Engine, method: str | None) -> None:
     spec = NETS["dnn"]
-    tensors = tensors_for(spec, METHODS[method] if method else None)
+    tensors = tensors_for(spec, SGD_METHODS[method] if method else None)
     x, _ = samples_for(spec, 5)
     plain = engine.forward(spec, tensors, x)
     bias = np.linspace(-1, 1, spec.C, dtype=np.float32)
@@ -118,7 +118,9 @@ def test_forward_honours_gain_and_bias(engine: Engine, method: str | None) -> No
 @pytest.mark.parametrize("net", NETS)
 def test_records(engine: Engine, net: str) -> None:
     spec = NETS[net]
-    tensors = tensors_for(spec, METHODS["lora-all"])  # adapters and gain must not show in the frozen network's records
+    tensors = tensors_for(
+        spec, SGD_METHODS["lora-all"]
+    )  # adapters and gain must not show in the frozen network's records
     tensors["output.gain"] = np.array([0.5], np.float32)
     x, _ = samples_for(spec, 23)
     got = engine.records(spec, tensors, x)
@@ -245,7 +247,7 @@ def test_quantised_training(engine: Engine, method: str, name: str) -> None:
 
 def test_two_calls_are_one_training(engine: Engine) -> None:
     """`epochs` moves the state on, momentum included."""
-    spec, m, T = NETS["dnn"], METHODS["ft-all"], 11
+    spec, m, T = NETS["dnn"], SGD_METHODS["ft-all"], 11
     tensors = tensors_for(spec, m)
     x, y = samples_for(spec, T)
     order = orders(4, T)
@@ -265,7 +267,7 @@ def test_two_calls_are_one_training(engine: Engine) -> None:
 
 def test_start_tensors_stay(engine: Engine) -> None:
     """A trainer works on copies, and hands out copies."""
-    spec, m = NETS["dnn"], METHODS["ft-all"]
+    spec, m = NETS["dnn"], SGD_METHODS["ft-all"]
     tensors = tensors_for(spec, m)
     kept = {name: value.copy() for name, value in tensors.items()}
     x, y = samples_for(spec, 6)
@@ -282,7 +284,7 @@ def test_start_tensors_stay(engine: Engine) -> None:
 def test_divergence_is_reported_and_not_applied(engine: Engine, method: str) -> None:
     # no ReLU, so that NaN reaches the logits whatever a ReLU makes of it
     spec = NetSpec((9,), (LayerSpec("fc", 8, batch_norm=True), LayerSpec("fc", 3)))
-    m, T = METHODS[method], 10
+    m, T = SGD_METHODS[method], 10
     tensors = tensors_for(spec, m)
     x, y = samples_for(spec, T)
     x[4] = np.float32(np.inf)

@@ -117,5 +117,5 @@ def test_gradients_flow_where_they_are_needed(name: str) -> None:
 
 
 def test_unknown_method() -> None:
-    with pytest.raises(UsageError, match=r"^method must be one of ft-all, .*, skip2-lora, not 'ft'$"):
+    with pytest.raises(UsageError, match=r"^method must be one of ft-all, .*, skip-ridge, not 'ft'$"):
         method("ft")

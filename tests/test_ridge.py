@@ -13,7 +13,6 @@ from instantft.backbones.builtin import Network
 from instantft.cache.store import memory_store
 from instantft.engine import Engine, get_engine
 from instantft.errors import DataError, UsageError
-from instantft.methods import METHODS, Method
 from instantft.solvers import closed, ridge, taps
 from instantft.solvers.calibration import softmax
 from instantft.solvers.records import Records
@@ -24,12 +23,6 @@ from tests.nets import NETS, samples_for, tensors_for
 
 SAME = 1e-4
 """Relative to the largest logit: float32 adapters and forward passes against float64."""
-
-
-@pytest.fixture(autouse=True)
-def _row(monkeypatch: pytest.MonkeyPatch) -> None:
-    if METHOD not in METHODS:
-        monkeypatch.setitem(METHODS, METHOD, Method(METHOD, "Skip-Ridge", adapters="skip", cached=True))
 
 
 def network(spec: NetSpec) -> Network:

@@ -12,7 +12,7 @@ from instantft.cache.store import memory_store
 from instantft.engine import Engine, EpochStats, forward
 from instantft.engine.reference import ReferenceEngine
 from instantft.errors import DivergedError, UsageError
-from instantft.methods import METHODS, method
+from instantft.methods import SGD_METHODS, method
 from instantft.solvers import sgd
 
 from . import samples
@@ -46,7 +46,7 @@ def test_orders_are_uniform() -> None:
     assert ((counts - 1000) ** 2 / 1000).sum() < 50  # chi-squared with 23 degrees of freedom: p < 0.001
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SGD_METHODS)
 def test_every_method_learns(engine: Engine, name: str) -> None:
     result = sgd.fit(engine, BASE, name, X, Y, epochs=30, batch_size=8, lr=0.1)
     assert result.steps == 30 * 6
@@ -56,7 +56,7 @@ def test_every_method_learns(engine: Engine, name: str) -> None:
     assert result.adapter.base_hash == BASE.hash
     assert result.seconds.total == result.seconds.fill + result.seconds.train
     changed = [k for k, v in result.adapter.tensors.items() if k in BASE.tensors and (v != BASE.tensors[k]).any()]
-    assert bool(changed) == (METHODS[name].adapters in ("none",) or METHODS[name].weights == "all")
+    assert bool(changed) == (SGD_METHODS[name].adapters in ("none",) or SGD_METHODS[name].weights == "all")
 
 
 def test_cached_and_uncached_give_the_same(engine: Engine) -> None:
@@ -182,7 +182,7 @@ def test_divergence_names_the_step_of_the_whole_run(monkeypatch: pytest.MonkeyPa
     assert e.value.step == 4 + 4
 
 
-@pytest.mark.parametrize("name", [m for m in METHODS if m != "ft-bias"])  # whose loss stays finite, if barely
+@pytest.mark.parametrize("name", [m for m in SGD_METHODS if m != "ft-bias"])  # whose loss stays finite, if barely
 def test_too_large_steps_are_stopped(engine: Engine, name: str) -> None:
     with pytest.raises(DivergedError, match=r"step \d+ made it NaN or Inf at lr 3e\+38"):
         sgd.fit(engine, BASE, name, X * 100, Y, lr=3e38)
@@ -193,7 +193,7 @@ def test_a_last_update_that_overflows_is_noticed() -> None:
         sgd.fit(REFERENCE, BASE, "ft-last", X * 1e10, Y, epochs=1, batch_size=45, lr=1e38)
 
 
-@pytest.mark.parametrize("name", [m for m in METHODS if not method(m).cacheable])
+@pytest.mark.parametrize("name", [m for m in SGD_METHODS if not method(m).cacheable])
 def test_a_cache_needs_a_cacheable_method(name: str) -> None:
     with pytest.raises(UsageError, match=f"frozen activations as they are, not {name}"):
         sgd.fit(REFERENCE, BASE, name, X, Y, store=memory_store("fp32", BASE.spec.record, 45))

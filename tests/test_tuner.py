@@ -62,7 +62,8 @@ def test_inputs_of_every_kind() -> None:
 
 
 def test_preprocessing_of_the_base_is_applied() -> None:
-    shifted = FineTuner(Network(BASE.spec, BASE.tensors, (1.0,), (2.0,)), engine="reference").fit(2 * X + 1, Y)
+    base = Network(BASE.spec, BASE.tensors, (1.0,), (2.0,))
+    shifted = FineTuner(base, "skip2-lora", engine="reference").fit(2 * X + 1, Y)
     np.testing.assert_allclose(
         shifted.decision_function(2 * X + 1), tuner(epochs=10).fit(X, Y).decision_function(X), rtol=1e-4, atol=1e-5
     )

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from . import files
 from .backbones.builtin import Network, check_values, read_spec
 from .errors import FileError, MismatchError, UsageError
-from .methods import METHODS, Method, connections, method, trainable
+from .methods import METHODS, Method, connections, method, parameters, trainable
 from .spec import NetSpec
 
 __all__ = ["CONFIG_FILE", "FORMAT", "MAX_RANK", "TENSOR_FILE", "VERSION", "Adapter", "check_target", "initial"]
@@ -88,7 +88,7 @@ class Adapter:
     @property
     def parameters(self) -> int:
         """Number of trainable parameters (InstantFT Table 1)."""
-        return sum(math.prod(s) for s in trainable(method(self.method), self.spec, self.rank).values())
+        return parameters(method(self.method), self.spec, self.rank)
 
     def check_base(self, base: Network) -> None:
         """See that the adapter was made on `base`.
@@ -100,6 +100,21 @@ class Adapter:
             raise MismatchError(
                 f"an adapter must be used on the network it was made on, which is {self.base_hash}, not {base.hash}"
             )
+
+    def widened(self, base: Network) -> Adapter:
+        """The adapter for `base`, which is its own network with one class more (`Network.widened`) that it ignores."""
+        tensors: dict[str, Floats] = {}
+        # At the full rank of a closed form B is the identity, and stays one.
+        full = method(self.method).solver == "ridge" and self.rank == self.spec.C
+        for name, value in self.tensors.items():
+            if name.endswith(".A"):
+                tensors[name] = np.pad(value, ((0, 0), (0, int(full))))
+            elif name.endswith(".B"):
+                tensors[name] = np.pad(value, ((0, int(full)), (0, 1)))
+                tensors[name][-1, -1] = float(full)
+            else:
+                tensors[name] = value if name == "output.gain" else np.pad(value, (0, 1))
+        return Adapter(self.method, self.rank + int(full), base.spec, base.hash, tensors, self.config)
 
     def save(self, directory: str | PathLike[str]) -> None:
         """Write the adapter to a directory of its own; an adapter already there is replaced whole or not at all.

@@ -22,8 +22,9 @@ from .backbones.builtin import Network
 from .cache.codecs import codec
 from .cache.store import memory_store
 from .engine import Engine, Floats
-from .methods import METHODS, Method, connections, method, trainable
+from .methods import METHODS, SGD_METHODS, Method, connections, method, trainable
 from .solvers import sgd
+from .solvers.ridge import RidgeResult, fit_ridge
 
 __all__ = ["run_bench"]
 
@@ -71,7 +72,7 @@ def run_bench(
     settings = _Settings(rank, epochs, batch_size, lr, seed, threads)
     contestants: list[tuple[str, int | None, Timed]] = []
     for m in METHODS.values():
-        if m.name != "skip2-lora":
+        if not m.cached:
             contestants.append((m.name, None, _ours(engine, base, m, None, x, y, settings)))
     for name, codec_name in (
         ("ft-last", "fp32"),
@@ -79,6 +80,8 @@ def run_bench(
         ("skip2-lora", "fp32"),
         ("skip2-lora", "nf4"),
         ("skip2-lora", "relu4"),
+        ("skip-ridge", "fp32"),
+        ("skip-ridge", "relu4"),
     ):
         size = codec(codec_name).bytes_per_sample(base.spec.record)
         timed = _ours(engine, base, method(name), codec_name, x, y, settings)
@@ -112,20 +115,24 @@ def _ours(
         began = time.perf_counter()
         store = memory_store(codec_name, base.spec.record, len(x)) if codec_name else None
         opened = time.perf_counter() - began
-        result = sgd.fit(
-            engine,
-            base,
-            m,
-            x,
-            y,
-            rank=s.rank,
-            epochs=s.epochs,
-            batch_size=s.batch_size,
-            lr=s.lr,
-            seed=s.seed,
-            threads=s.threads,
-            store=store,
-        )
+        result: sgd.FitResult | RidgeResult
+        if m.solver == "ridge":
+            result = fit_ridge(engine, base, x, y, store=store, seed=s.seed, threads=s.threads)
+        else:
+            result = sgd.fit(
+                engine,
+                base,
+                m,
+                x,
+                y,
+                rank=s.rank,
+                epochs=s.epochs,
+                batch_size=s.batch_size,
+                lr=s.lr,
+                seed=s.seed,
+                threads=s.threads,
+                store=store,
+            )
         logits = engine.forward(base.spec, {**base.tensors, **result.adapter.tensors}, x)
         fill = result.seconds.fill if store else 0.0
         return opened + result.seconds.total, fill, float((logits.argmax(1) == y).mean())
@@ -140,7 +147,7 @@ def _rivals(engine: Engine, base: Network, x: Floats, y: Labels, s: _Settings) -
     except ImportError:
         pass
     else:
-        rows = [(m, m.cached) for m in METHODS.values()]
+        rows = [(m, m.cached) for m in SGD_METHODS.values()]
         for m, cached in rows:
             size = 4 * base.spec.record.size if cached else None
             found.append((f"PyTorch {m.name}", size, _torch(torch, base, m, cached, x, y, s)))

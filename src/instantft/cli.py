@@ -16,7 +16,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -266,30 +265,29 @@ def pretrain(
 @click.option("--out", required=True, metavar="DIR", help="Adapter to write; one that is there is replaced.")
 @click.option(
     "--method",
-    default="skip2-lora",
+    default="auto",
     show_default=True,
-    help="ft-all, ft-last, ft-bias, ft-all-lora, lora-all, lora-last, skip-lora or skip2-lora.",
+    help="auto, skip-ridge, skip2-lora, skip-lora, lora-last, ft-last, lora-all, ft-bias, ft-all or ft-all-lora.",
 )
 @click.option(
     "--cache",
     metavar="CODEC",
-    help="fp32, fp16, int8, nf4, nf4-block64, relu4 or none. [default: fp32 for skip2-lora, else none]",
+    help="fp32, fp16, int8, nf4, nf4-block64, relu4 or none. [default: fp32 for skip2-lora and skip-ridge, else none]",
 )
 @click.option("--cache-capacity", type=int, metavar="N", help="Samples the cache has room for. [default: all]")
 @click.option("--cache-file", metavar="FILE", help="Keep the cache in a file. [default: in memory]")
-@click.option("--epochs", type=int, help="[default: 10]")
+@click.option("--epochs", type=int, help="Of SGD. [default: 10]")
 @_batch_option
-@click.option("--lr", type=float, help="Learning rate. [default: 0.1]")
+@click.option("--lr", type=float, help="Learning rate of SGD. [default: from the cache; without one 0.1]")
 @_momentum_option
-@click.option("--rank", default=4, show_default=True, help="Of the adapters.")
+@click.option("--rank", type=int, help="Of the adapters. [default: 4; full for skip-ridge]")
+@click.option("--groups", metavar="KEY", help="Integers in --data: samples of a group are left out together.")
 @_seed_option
 @_threads_option
 @_preprocessing_options("that of BASE")
 @_engine_option
 @_history_option
-@click.option(
-    "--force", is_flag=True, help="Keep the new adapter even where it looks worse. Today every adapter is kept."
-)
+@click.option("--force", is_flag=True, help="Keep the new adapter even where the gate would not.")
 @_json_option
 def finetune(
     base: str,
@@ -304,7 +302,8 @@ def finetune(
     batch_size: int,
     lr: float | None,
     momentum: float,
-    rank: int,
+    rank: int | None,
+    groups: str | None,
     seed: int,
     threads: int,
     mean: str | None,
@@ -314,9 +313,15 @@ def finetune(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Adapt the network in the file BASE to new samples, and write the adapter to a directory."""
-    from .adapters import check_target
+    """Adapt the network in the file BASE to new samples, and write the adapter to a directory.
+
+    The new adapter is kept if samples that it was not fitted to say that it is better than the one in the directory
+    or, without one, than the frozen network.
+    """
+    from .acceptance import decide, signed, untrained
+    from .adapters import CONFIG_FILE, check_target
     from .data import load_samples
+    from .solvers.sgd import FitResult
     from .tuner import FineTuner
     from .tuner import load as load_base
 
@@ -327,8 +332,8 @@ def finetune(
         method=method,
         rank=rank,
         cache=cache,
-        epochs=10 if epochs is None else epochs,
-        lr=0.1 if lr is None else lr,
+        epochs=epochs,
+        lr=lr,
         batch_size=batch_size,
         seed=seed,
         threads=threads,
@@ -339,35 +344,33 @@ def finetune(
     )
     check_target(out)
     means, stds = _preprocessing(network, mean, std)
-    samples = load_samples(data, network.spec, means, stds)
+    samples = load_samples(data, network.spec, means, stds, groups=groups)
     test = load_samples(eval_path, network.spec, means, stds) if eval_path else None
+    old = _adapter_in_use(out, network, means, stds)
     before = _accuracy(chosen, network, None, test, threads) if test else None
-    label, T = f"fine-tuning ({method})", len(samples.x)
-    with _Bar(label, tuner.epochs) as bar:
+    T = len(samples.x)
+    label = f"fine-tuning ({tuner.row(T).name})"
+    length = tuner.planned_epochs
+    with _Bar(label, length) as bar:
 
         def filling(done: float) -> None:
             if done < T:
                 bar.stage("filling the cache", T)
                 bar.update(done)
             else:
-                bar.stage(label, tuner.epochs)
+                bar.stage(label, length)
 
-        tuner.fit_prepared(samples.x, samples.labels, progress=bar.update, filling=filling)
-    after = _accuracy(chosen, network, tuner.adapter, test, threads) if test else None
-    adapter = tuner.adapter
-    if (means, stds) != (tuple(network.mean), tuple(network.std)):  # then whoever uses the adapter must do the same
-        adapter = replace(adapter, config={**adapter.config, "mean": list(means), "std": list(stds)})
-    adapter.save(out)
-
-    fitted, store = tuner.result_, tuner.store_
+        tuner.fit_prepared(samples.x, samples.labels, groups=samples.groups, progress=bar.update, filling=filling)
+    fitted, store, row = tuner.result_, tuner.store_, tuner.method_.name
     result: dict[str, Any] = {
-        "method": method,
+        "method": row,
         "accuracy_before": before,
-        "accuracy_after": after,
+        "accuracy_after": _accuracy(chosen, network, tuner.adapter, test, threads) if test else None,
         "accepted": True,
+        "estimate": None,
         "seconds": {"fill": fitted.seconds.fill, "train": fitted.seconds.train, "total": fitted.seconds.total},
-        "steps": fitted.steps,
-        "epochs": tuner.epochs,
+        "steps": fitted.steps if isinstance(fitted, FitResult) else 0,
+        "epochs": tuner.epochs_,
         "trainable_parameters": tuner.adapter.parameters,
         "cache": {
             "codec": store.codec.name if store else None,
@@ -378,31 +381,74 @@ def finetune(
         },
         "adapter": out,
         "samples": T,
-        "loss": float(fitted.stats.loss[-1]),
+        "loss": float(fitted.stats.loss[-1]) if isinstance(fitted, FitResult) else fitted.loss,
         "engine": chosen.name,
     }
+    adapter = tuner.adapter
+    if isinstance(fitted, FitResult):
+        result["lr"] = adapter.config["lr"]
+    else:
+        result |= {
+            "lambda": fitted.lam,
+            "taps": list(fitted.weights),
+            "gain": fitted.gain,
+            "temperature": float(fitted.temperature),
+            "space": fitted.space,
+            "calibration_error": fitted.calibration_error,
+        }
+    began = time.perf_counter()
+    with _Bar("asking the gate", 1):
+        decision = decide(tuner, samples.x, samples.labels, old)
+    result["seconds"]["gate"] = time.perf_counter() - began
+    result["estimate"] = {"before": decision.before, "after": decision.after, "interval": list(decision.interval)}
+    result["accepted"] = decision.accepted
+    # Whoever uses the adapter must preprocess as it was done here.
+    other = {"mean": list(means), "std": list(stds)} if (means, stds) != (network.mean, network.std) else {}
+    adapter = signed(adapter, samples.x, samples.labels, decision, **other)
+    kept, was_there = decision.accepted or force, Path(out, CONFIG_FILE).exists()
+    if kept:
+        adapter.save(out)
+    elif not was_there:
+        untrained(adapter, network.tensors).save(out)
+
     if store and store.damaged:
         result["cache"]["damaged"] = store.damaged
     if history:
-        result["history"] = _history(fitted.stats, T)
+        result["history"] = _history(fitted.stats, T) if isinstance(fitted, FitResult) else []
     if as_json:
         return _print_json(result)
     if history:
         _print_history(result["history"])
     s = fitted.seconds
-    click.echo(
-        f"{method}: {tuner.adapter.parameters:,} trainable parameters, {len(samples.x):,} samples, "
-        f"{tuner.epochs} epochs, {fitted.steps:,} steps"
-    )
-    click.echo(f"loss     {result['loss']:.4f} over the last epoch")
+    steps = f", {tuner.epochs_} epochs, {result['steps']:,} steps" if result["steps"] else ", in closed form"
+    click.echo(f"{row}: {adapter.parameters:,} trainable parameters, {T:,} samples{steps}")
+    if isinstance(fitted, FitResult):
+        click.echo(f"loss     {result['loss']:.4f} over the last epoch, lr {result['lr']:.3g}")
+    else:
+        click.echo(
+            f"chosen   λ {fitted.lam:.3g}, taps {' '.join(f'{w:g}' for w in fitted.weights)}; "
+            f"calibration error {fitted.calibration_error:.1%}"
+        )
     if test:
-        click.echo(f"accuracy {_percent(before)} → {_percent(after)} on {eval_path}")
+        click.echo(f"accuracy {_percent(before)} → {_percent(result['accuracy_after'])} on {eval_path}")
+    low, high = (f"{100 * end:+.1f}" for end in decision.interval)
+    click.echo(
+        f"estimate {_percent(decision.before)} → {_percent(decision.after)} on {decision.n:,} samples left out; "
+        f"the difference is {low} to {high} points (95 %)"
+    )
     click.echo(f"time     {_time(s.total)} ({_time(s.fill)} filling the cache, {_time(s.train)} training)")
     if store:
+        held = result["cache"]
         click.echo(
-            f"cache    {store.codec.name}, {result['cache']['bytes_per_sample']:,} B a sample, "
-            f"{store.hits:,} hits, {store.misses:,} misses"
+            f"cache    {held['codec']}, {held['bytes_per_sample']:,} B a sample, "
+            f"{held['hits']:,} hits, {held['misses']:,} misses"
         )
+    rival = "the frozen network" if old is None else f"the adapter in {out}"
+    if not decision.accepted:
+        click.echo(f"gate     not surely better than {rival}" + (", kept by --force" if force else ""))
+    if not kept:
+        stays = f"{out} stays as it was" if was_there else f"{out} holds an adapter that changes nothing"
+        return click.echo(f"adapter  {stays}; --force keeps the new one")
     click.echo(f"adapter  {out}")
 
 
@@ -686,6 +732,26 @@ def _preprocessing(
     means = made[0] if mean is None else _values("--mean", mean)
     stds = made[1] if std is None else _values("--std", std)
     return check_preprocessing(means, stds, network.spec.input_shape)
+
+
+def _adapter_in_use(out: str, network: Network, means: tuple[float, ...], stds: tuple[float, ...]) -> Adapter | None:
+    """The adapter in a directory, if it can be compared with a new one."""
+    from .adapters import CONFIG_FILE, Adapter
+    from .errors import MismatchError
+
+    if not Path(out, CONFIG_FILE).exists():
+        return None
+    try:
+        adapter = Adapter.load(out, network)
+        if _preprocessing(network, None, None, adapter) == (means, stds):
+            return adapter
+        why = "it was made for samples with another --mean and --std"
+    except MismatchError:
+        why = "it was made on another network"
+    except FileError as e:
+        why = f"it cannot be read ({e})"
+    click.echo(f"warning: the adapter in {out} is not compared with the new one, because {why}", err=True)
+    return None
 
 
 def _check_file_target(out: str, inputs: Mapping[str, str | None]) -> None:

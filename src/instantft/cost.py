@@ -16,10 +16,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .methods import Method, adapter_types, connections, layer_types, trainable
+from .methods import Method, adapter_types, connections, layer_types, parameters, trainable
 from .spec import NetSpec
 
-__all__ = ["Cost", "Work", "cost", "dual_work", "linear_macs", "network_parameters", "primal_work", "spaces"]
+__all__ = [
+    "Cost",
+    "Solve",
+    "Work",
+    "closed_form",
+    "cost",
+    "dual_work",
+    "linear_macs",
+    "network_parameters",
+    "primal_work",
+    "spaces",
+]
 
 FLOPS_PER_BYTE = 3
 """Operations that take as long as a byte from memory: 61 GFLOP/s of a Gram product, 15 to 20 GB/s of SGD on wide taps.
@@ -43,7 +54,7 @@ class Cost:
         parameters: trainable parameters.
         forward: FLOPs of the network and its adapters.
         forward_cached: the same where the record comes from the cache; None where the method cannot use one.
-        backward: FLOPs of the gradients the compute types call for.
+        backward: FLOPs of the gradients the compute types call for; a closed form has none (see `closed_form`).
         backward_printed: as InstantFT prints them: for skip adapters it also counts gx, though nothing needs it.
         memory: bytes at batch size 1: weights, gradients, activations, adapters.
     """
@@ -71,21 +82,48 @@ def network_parameters(spec: NetSpec) -> int:
 
 def cost(spec: NetSpec, m: Method, rank: int) -> Cost:
     """Cost of fine-tuning a network of this shape by method `m` at rank R, per sample."""
-    parameters = sum(math.prod(s) for s in trainable(m, spec, rank).values())
+    trained = parameters(m, spec, rank)
     pairs = [(spec.geometry[i].N, spec.geometry[j - 1].M) for i, j in connections(m, spec.L)]
     adapters = sum(2 * rank * (N + M) for N, M in pairs)
     last = 2 * linear_macs(spec)[-1] + spec.C
     cached = adapters + (last if m.weights == "last" or m.biases == "last" else 0)
-    unneeded = 2 * rank * sum(spec.tap_widths[1:]) if m.adapters == "skip" else 0
-    backward = _backward(spec, m, rank)
+    steps = m.solver == "sgd"
+    unneeded = 2 * rank * sum(spec.tap_widths[1:]) if m.adapters == "skip" and steps else 0
+    backward = _backward(spec, m, rank) if steps else 0
     return Cost(
-        parameters=parameters,
+        parameters=trained,
         forward=_forward(spec) + adapters,
         forward_cached=cached if m.cacheable else None,
         backward=backward,
         backward_printed=backward + unneeded,
-        memory=_memory(spec, m, rank, parameters),
+        memory=_memory(spec, m, rank, trained),
     )
+
+
+@dataclass(frozen=True)
+class Solve:
+    """What one closed-form fit of T samples costs, beside the frozen network's pass over them.
+
+    Attributes:
+        space: "dual", a system of T samples, or "primal", one of D+1 features: the smaller.
+        flops: products of features, Cholesky factor and its inverse, solution; choosing λ is not counted.
+        memory: bytes of the records, the system and its factor, in float32.
+    """
+
+    space: str
+    flops: int
+    memory: int
+
+
+def closed_form(spec: NetSpec, T: int) -> Solve:
+    """Cost of ridge regression on all taps (docs/decisions/0005-ridge.md), for T samples."""
+    D, C = sum(spec.tap_widths), spec.C
+    dual = T <= D
+    n = T if dual else D + 1
+    products = T * (T + 1) * D if dual else T * (D + 1) * (D + 2)
+    flops = products + 2 * n**3 // 3 + 2 * n * n * C + 2 * T * D * C
+    records = min(T, 1024) if not dual else T
+    return Solve("dual" if dual else "primal", flops, 4 * (records * D + 2 * n * n))
 
 
 def _forward(spec: NetSpec) -> int:
@@ -118,7 +156,7 @@ def _crossed(types: list[str]) -> list[int]:
     return [k for k in range(len(types) - 1) if "x" in types[k + 1].removeprefix("FC_y")]
 
 
-def _memory(spec: NetSpec, m: Method, rank: int, parameters: int) -> int:
+def _memory(spec: NetSpec, m: Method, rank: int, trained: int) -> int:
     """Bytes at batch size 1, all values 4 bytes: InstantFT's Table 1, last column of each half."""
     sizes = trainable(m, spec, rank)
     adapters = sum(math.prod(s) for name, s in sizes.items() if name.startswith("lora."))
@@ -127,7 +165,7 @@ def _memory(spec: NetSpec, m: Method, rank: int, parameters: int) -> int:
     pooled = sum(g.n_out for y, g in zip(spec.layers, spec.geometry, strict=True) if y.pool > 1)
     outputs = sum(g.M for g in spec.geometry) + pooled
     propagates = bool(_crossed(layer_types(m, spec.L)))
-    floats = weights + (parameters - adapters) + spec.tap_widths[0] + outputs
+    floats = weights + max(trained - adapters, 0) + spec.tap_widths[0] + outputs
     floats += outputs + pooled if propagates else spec.C  # gradients, and where each maximum came from
     floats += 2 * adapters + 2 * rank * len(connections(m, spec.L))
     return 4 * floats

@@ -9,15 +9,30 @@ This file uses the standard library only.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from .errors import UsageError
 from .spec import NetSpec
 
-__all__ = ["METHODS", "Method", "adapter_types", "connections", "layer_types", "method", "trainable"]
+__all__ = [
+    "METHODS",
+    "SGD_METHODS",
+    "Method",
+    "adapter_types",
+    "connections",
+    "layer_types",
+    "method",
+    "own_rank",
+    "parameters",
+    "trainable",
+]
 
 Scope = Literal["none", "last", "all"]
+
+LORA_RANK = 4
+"""R of the papers."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,8 @@ class Method:
     """Which adapters i→j exist: none, L-1→L, k→k+1 for every layer, or k→L for every layer."""
     cached: bool = False
     """Whether the forward cache is used unless the caller says otherwise."""
+    solver: Literal["sgd", "ridge"] = "sgd"
+    """Who finds the values: steps of gradient descent, or ridge regression in closed form."""
 
     @property
     def cacheable(self) -> bool:
@@ -59,8 +76,12 @@ METHODS: dict[str, Method] = {
         Method("lora-last", "LoRA-Last", adapters="last"),
         Method("skip-lora", "Skip-LoRA", adapters="skip"),
         Method("skip2-lora", "Skip2-LoRA", adapters="skip", cached=True),
+        Method("skip-ridge", "Skip-Ridge", adapters="skip", cached=True, solver="ridge"),
     )
 }
+
+SGD_METHODS: dict[str, Method] = {name: m for name, m in METHODS.items() if m.solver == "sgd"}
+"""The rows that make steps."""
 
 
 def method(name: str) -> Method:
@@ -73,6 +94,23 @@ def method(name: str) -> Method:
         return METHODS[name]
     except KeyError:
         raise UsageError(f"method must be one of {', '.join(METHODS)}, not {name!r}") from None
+
+
+def own_rank(m: Method, spec: NetSpec) -> int:
+    """R where nobody asks for one: the papers' 4; for closed forms full rank, which is the number of outputs."""
+    return spec.C if m.solver == "ridge" else LORA_RANK
+
+
+def parameters(m: Method, spec: NetSpec, rank: int) -> int:
+    """Number of trainable parameters (InstantFT Table 1).
+
+    A closed form also finds the bias and the gain of the output; at full rank its B is the identity, which is none.
+    """
+    shapes = trainable(m, spec, rank)
+    if m.solver == "ridge":
+        shapes = {k: s for k, s in shapes.items() if rank < spec.C or k.endswith(".A")}
+        return sum(math.prod(s) for s in shapes.values()) + spec.C + 1
+    return sum(math.prod(s) for s in shapes.values())
 
 
 def _reaches(scope: Scope, k: int, L: int) -> bool:
@@ -95,8 +133,7 @@ def connections(m: Method, L: int) -> list[tuple[int, int]]:
 def trainable(m: Method, spec: NetSpec, rank: int) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor the method trains, in order.
 
-    Adapters are ``lora.I-J.A`` (N, R) and ``lora.I-J.B`` (R, M). The number of trainable parameters (InstantFT
-    Table 1) is the sum of the sizes.
+    Adapters are ``lora.I-J.A`` (N, R) and ``lora.I-J.B`` (R, M).
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in spec.parameters.items():

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import time
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -18,19 +21,27 @@ from .adapters import Adapter
 from .backbones.builtin import Network
 from .cache.codecs import codec
 from .cache.store import Store, memory_store, open_store
-from .data import as_array, as_labels, as_samples, warn_if_poor
-from .engine import Engine, Floats, forward, get_engine
+from .data import as_array, as_groups, as_labels, as_samples, warn_if_poor
+from .engine import Engine, Floats, forward, get_engine, parts
 from .errors import DataError, FileError, UsageError
-from .methods import Method, method
+from .methods import METHODS, Method, method, own_rank
 from .solvers import sgd
+from .solvers.closed import Judged
+from .solvers.gate import Decision, gate
+from .solvers.holdout import best_epochs, hold_out
+from .solvers.ridge import MAX_SYSTEM, RidgeResult, fit_ridge
+from .solvers.stream import Stream
+from .solvers.streaming import check_stream
 
-__all__ = ["FineTuner", "load", "probabilities"]
+__all__ = ["AUTO", "EPOCHS", "FineTuner", "HeldOut", "load", "probabilities"]
 
 Self = TypeVar("Self", bound="FineTuner")
+Result = sgd.FitResult | RidgeResult
 
 PARAMETERS = (
     "base",
     "method",
+    "solver",
     "rank",
     "cache",
     "epochs",
@@ -42,7 +53,18 @@ PARAMETERS = (
     "momentum",
     "cache_capacity",
     "cache_file",
+    "forgetting",
+    "support",
 )
+
+AUTO = "auto"
+"""The method that picks one, and the solver that is the method's own."""
+
+EPOCHS = 10
+"""Of SGD, where nobody says how many: the papers'."""
+
+CHOICES = {"ridge": "skip-ridge", "sgd": "skip2-lora"}
+"""What `auto` picks for each solver."""
 
 
 MAX_NUMBER = 2**63 - 2
@@ -63,22 +85,30 @@ class FineTuner:
 
     Args:
         base: the network, which is never changed.
-        method: a row of `methods.METHODS`: ft-all, ft-last, ft-bias, ft-all-lora, lora-all, lora-last, skip-lora,
-            skip2-lora.
-        rank: R of the adapters.
-        cache: codec of the forward cache (fp32, fp16, int8, nf4, nf4-block64, relu4), or "none"; None: fp32 for
-            skip2-lora, none for the others.
-        epochs, lr, batch_size, momentum: of SGD.
+        method: a row of `methods.METHODS` (ft-all, ft-last, ft-bias, ft-all-lora, lora-all, lora-last, skip-lora,
+            skip2-lora, skip-ridge), or "auto": skip-ridge, which needs no settings; skip2-lora where epochs, lr or
+            momentum are given, or where the system would be too large.
+        solver: "ridge" (closed form) or "sgd" narrows what auto may pick; "auto": no preference.
+        rank: R of the adapters; None: 4, for skip-ridge full rank.
+        cache: codec of the forward cache (`cache.codecs.CODECS`), or "none"; None: fp32 for skip2-lora and skip-ridge,
+            none for the others.
+        epochs: of SGD; None: 10, under auto as many as a held-out block asks for.
+        lr: of SGD; None: from the largest eigenvalue of the cached features (`solvers.step`), 0.1 without a cache.
+        batch_size, momentum: of SGD. skip-ridge makes no steps and has no use for any of them.
         seed: decides the whole result.
         threads: used for filling the cache and for prediction.
         engine: "native", "reference", or an engine; None: native where it was built.
         cache_capacity: samples the cache has room for; None: all of them.
         cache_file: where to keep the cache between runs; None: in memory. `fit` only.
+        forgetting: of `partial_fit` by skip-ridge: the weight of a sample falls by this factor with each newer one.
+        support: of the same: how many of the newest samples count; None: all.
 
     Attributes:
         adapter_: the adapter.
-        history_: {"loss", "accuracy"}, a value an epoch.
-        result_: `solvers.sgd.FitResult` of the last call.
+        method_: the row that was picked.
+        history_: {"loss", "accuracy"}, a value an epoch; empty lists for skip-ridge, which has none.
+        result_: `solvers.sgd.FitResult` or `solvers.ridge.RidgeResult` of the last call; in a stream of skip-ridge, of
+            the last choice.
         store_: the cache, or None.
         next_number_: the number that the next new sample of `partial_fit` gets.
         classes_: (C,) 0 … C-1.
@@ -91,11 +121,12 @@ class FineTuner:
     def __init__(
         self,
         base: Network,
-        method: str = "skip2-lora",
-        rank: int = 4,
+        method: str = AUTO,
+        solver: str = AUTO,
+        rank: int | None = None,
         cache: str | None = None,
-        epochs: int = 10,
-        lr: float = 0.1,
+        epochs: int | None = None,
+        lr: float | None = None,
         batch_size: int = 20,
         seed: int = 0,
         threads: int = 1,
@@ -103,9 +134,12 @@ class FineTuner:
         momentum: float = 0.0,
         cache_capacity: int | None = None,
         cache_file: str | PathLike[str] | None = None,
+        forgetting: float = 1.0,
+        support: int | None = None,
     ) -> None:
         self.base = base
         self.method = method
+        self.solver = solver
         self.rank = rank
         self.cache = cache
         self.epochs = epochs
@@ -117,6 +151,8 @@ class FineTuner:
         self.momentum = momentum
         self.cache_capacity = cache_capacity
         self.cache_file = cache_file
+        self.forgetting = forgetting
+        self.support = support
         self._check()
 
     # -- scikit-learn's habits ---------------------------------------------------------------------------------------
@@ -160,12 +196,21 @@ class FineTuner:
         settings = ", ".join(f"{k}={v!r}" for k, v in self.get_params().items() if k != "base" and v is not None)
         return f"FineTuner({settings})"
 
-    def fit(self: Self, x: ArrayLike, y: ArrayLike, *, progress: sgd.Progress | None = None) -> Self:
+    def fit(
+        self: Self,
+        x: ArrayLike,
+        y: ArrayLike,
+        *,
+        groups: ArrayLike | None = None,
+        progress: sgd.Progress | None = None,
+    ) -> Self:
         """Fine-tune on samples from the start. They are numbered 0 … T-1 for the cache.
 
         Args:
             x: float or uint8, (T, N), (T, channels, height, width) or (T, height, width).
             y: (T,) integers from 0 to C-1.
+            groups: (T,) a label a sample: the recording, the person, the stretch of time it is from. Samples of a group
+                are left out together wherever a choice is judged; None: runs of consecutive samples are.
             progress: told how many epochs are done.
 
         Raises:
@@ -174,13 +219,14 @@ class FineTuner:
             DivergedError: the loss became NaN or Inf; an earlier adapter stays.
         """
         rows, labels = self._samples(x, y)
-        return self.fit_prepared(rows, labels, progress=progress)
+        return self.fit_prepared(rows, labels, groups=groups, progress=progress)
 
     def fit_prepared(
         self: Self,
         x: Floats,
         y: NDArray[np.int32],
         *,
+        groups: ArrayLike | None = None,
         progress: sgd.Progress | None = None,
         filling: sgd.Progress | None = None,
     ) -> Self:
@@ -189,28 +235,41 @@ class FineTuner:
         Args:
             filling: told how many samples have gone through the frozen network, while the cache is filled.
         """
-        m = self._check()
-        rows, labels = x, y
-        warn_if_poor(labels, self.batch_size)
-        store = self._open(m, rows)
-        engine = self._engine()
-        numbers = np.arange(len(rows))
-        result = self._run(engine, m, rows, labels, store, numbers, None, self.epochs, 0, progress, filling)
-        self._keep(result, store, len(rows))
-        self._epochs_done = self.epochs
-        self.history_: dict[str, list[float]] = _history(result, len(rows))
+        m, engine = self._check(len(x)), self._engine()
+        together = None if groups is None else as_groups(groups, len(x))
+        warn_if_poor(y, self.batch_size if m.solver == "sgd" else 1)
+        store = self._open(m, x)
+        samples = _Samples(x, y, np.arange(len(x)), together)
+        epochs = 0
+        with _flushed(store):
+            if m.solver == "ridge":
+                result: Result = self._ridge(engine, samples, store, filling)
+            else:
+                began = time.perf_counter()
+                epochs = self._epochs(engine, m, samples, store, filling)
+                chosen = time.perf_counter() - began
+                steps = self._sgd(engine, m, samples, store, None, epochs, 0, progress, filling)
+                result = replace(steps, seconds=sgd.Seconds(steps.seconds.fill, steps.seconds.train + chosen))
+        self._keep(m, result, result.adapter, store, samples, len(x))
+        self._stream: Stream | None = None
+        self._epochs_done = epochs
+        self.history_: dict[str, list[float]] = _history(result, len(x))
         return self
 
     def partial_fit(self: Self, x: ArrayLike, y: ArrayLike, *, numbers: ArrayLike | None = None) -> Self:
-        """One more epoch, over these samples, from where the adapter stands.
+        """Go on from where the adapter stands: one more epoch over these samples; with skip-ridge, an exact update.
+
+        After an update by skip-ridge the adapter is what `fit` on all samples so far would give, at the λ and weights
+        that were chosen when there were half as many, or more.
 
         Args:
             x, y: as in `fit`.
             numbers: (T,) numbers that samples already had, whose records the cache may still hold; the samples must
-                be the same as then. None: new numbers, after all earlier ones (see `next_number_`).
+                be the same as then, and skip-ridge, which has learnt them, leaves them out. None: new numbers, after
+                all earlier ones (see `next_number_`).
 
         Raises:
-            as `fit`; UsageError also for a `cache_file`, which belongs to one data set.
+            as `fit`; UsageError also for a `cache_file`, which belongs to one data set, and for skip-ridge with a rank.
         """
         m = self._check()
         if self.cache_file is not None:
@@ -223,18 +282,47 @@ class FineTuner:
             given = np.arange(first, first + len(rows))
         else:
             raise DataError(f"numbers must be at most 2^63-2, but the next is {first}: give numbers")
+        next_number = max(first, int(given.max()) + 1)
+        samples = _Samples(rows, labels, given, None)
+        if m.solver == "ridge":
+            self._update(samples, next_number)
+            return self
         store = self._grown(m, given)
         old = getattr(self, "adapter_", None)
-        start = old if old is not None and (old.method, old.rank) == (m.name, self.rank) else None
+        start = old if old is not None and (old.method, old.rank) == (m.name, self._rank(m)) else None
         if start is not None:
             start.check_base(self.base)
         done = getattr(self, "_epochs_done", 0)
-        result = self._run(self._engine(), m, rows, labels, store, given, start, 1, done, None)
-        self._keep(result, store, max(first, int(given.max()) + 1))
+        with _flushed(store):
+            result = self._sgd(self._engine(), m, samples, store, start, 1, done, None)
+        self._keep(m, result, result.adapter, store, samples, next_number)
         self._epochs_done = done + 1
         more = _history(result, len(rows))
         before = getattr(self, "history_", {"loss": [], "accuracy": []})
         self.history_ = {key: before[key] + more[key] for key in before}
+        return self
+
+    def add_class(self: Self) -> Self:
+        """One more class, C, which no sample so far belongs to; `partial_fit` may bring some from now on.
+
+        `base` becomes a network with one output more, which ranks the new class nowhere; the adapter goes with it.
+
+        Raises:
+            UsageError: the method trains the network's own weights, or the network's last layer cannot be widened.
+        """
+        m, old = self._check(), getattr(self, "adapter_", None)
+        if not m.rows_only:
+            raise UsageError(f"a class can be added to methods that leave the network as it is, not to {m.name}")
+        base = self.base.widened()
+        if old is not None:
+            old.check_base(self.base)
+            self.adapter_ = old.widened(base)
+        if getattr(self, "_stream", None) is not None:
+            assert self._stream is not None
+            self._stream.add_class(base)
+        self.base = base
+        self.store_: Store | None = None  # its records have one value less
+        self.classes_ = np.arange(base.spec.C)
         return self
 
     def use(self: Self, adapter: Adapter) -> Self:
@@ -283,6 +371,57 @@ class FineTuner:
             raise UsageError("fit must come before predict, score and adapter, but nothing was fitted yet")
         return found
 
+    def judge(self, against: Adapter | None = None, rows: NDArray[np.bool_] | None = None) -> Decision:
+        """Whether the adapter is better than another, by samples it was not fitted to (`solvers.gate`).
+
+        skip-ridge knows what it would say of each of its samples had that been left out with its block; methods that
+        make steps train once more, without a held-out block, so that this takes about as long as `fit`.
+
+        Args:
+            against: an adapter that was not fitted to the samples of the last fit; None: the frozen network.
+            rows: (T,) which samples of the last fit may be judged by; None: all.
+
+        Raises:
+            UsageError: nothing was fitted yet, or no sample is left to judge by.
+        """
+        samples, held = self._last_samples(), self.left_out()
+        judge, after = held.judge, held.logits
+        old = dict(self.base.tensors)
+        if against is not None:
+            against.check_base(self.base)
+            old |= against.tensors
+        x, y = np.ascontiguousarray(samples.x[judge.rows]), samples.y[judge.rows]
+        before = forward(self._engine(), self.base.spec, old, x, self.threads)
+        blocks = judge.blocks
+        if rows is not None:
+            usable = rows[judge.rows]
+            places = np.cumsum(usable) - 1
+            blocks = [places[block[usable[block]]] for block in blocks]
+            before, after, y = before[usable], after[usable], y[usable]
+        return gate(before.argmax(axis=1) == y, after.argmax(axis=1) == y, [block for block in blocks if len(block)])
+
+    def left_out(self) -> HeldOut:
+        """Samples of the last fit, and what a fit that has not seen them says of them (see `judge`).
+
+        Raises:
+            UsageError: nothing was fitted yet.
+        """
+        samples = self._last_samples()
+        found: HeldOut | None = getattr(self, "_held", None)
+        if found is None or found.adapter is not self.adapter_:
+            found = self._held = self._leave_out(samples)
+        return found
+
+    @property
+    def planned_epochs(self) -> int:
+        """How many epochs `fit` will make, as far as is known beforehand; at least 1."""
+        return EPOCHS if self.epochs is None else int(self.epochs)
+
+    @property
+    def epochs_(self) -> int:
+        """Epochs of SGD that the adapter has had; 0 for skip-ridge."""
+        return int(getattr(self, "_epochs_done", 0))
+
     def forget(self, numbers: ArrayLike) -> None:
         """Drop the records of these samples from the cache; those it does not hold are left out silently."""
         store: Store | None = getattr(self, "store_", None)
@@ -292,20 +431,21 @@ class FineTuner:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _check(self) -> Method:
-        """See that every argument is in range; returns the method's row."""
+    def _check(self, T: int = 0) -> Method:
+        """See that every argument is in range; returns the method's row, for T samples where that matters."""
         if not isinstance(self.base, Network):
             raise UsageError(f"base must be a Network, as load() returns it, not {type(self.base).__name__}")
-        m = method(self.method)
+        m = self.row(T)
         sgd.check_arguments(
-            rank=self.rank,
-            epochs=self.epochs,
+            rank=1 if self.rank is None else self.rank,
+            epochs=EPOCHS if self.epochs is None else self.epochs,
             batch_size=self.batch_size,
             lr=self.lr,
             momentum=self.momentum,
             seed=self.seed,
             threads=self.threads,
         )
+        check_stream(self.forgetting, self.support)
         if self.cache not in (None, "none"):
             if not isinstance(self.cache, str):
                 raise UsageError(f"cache must be the name of a codec, not {self.cache!r:.60}")
@@ -324,6 +464,30 @@ class FineTuner:
         if self.engine is not None and not isinstance(self.engine, str) and not speaks:
             raise UsageError(f"engine must be the name of an engine or an engine, not {self.engine!r:.60}")
         return m
+
+    def row(self, T: int) -> Method:
+        """The row of the table of methods that `fit` uses for T samples: under auto, the one it picks.
+
+        Raises:
+            UsageError: there is no such method or solver, or the two do not go together.
+        """
+        if self.solver not in (AUTO, *CHOICES):
+            raise UsageError(f"solver must be one of {AUTO}, {', '.join(CHOICES)}, not {self.solver!r:.60}")
+        steps = self.epochs is not None or self.lr is not None or self.momentum
+        if self.method != AUTO:
+            m = method(self.method)
+            if self.solver not in (AUTO, m.solver):
+                raise UsageError(f"solver must be {m.solver} for {m.name}, not {self.solver}")
+        else:
+            solver = self.solver
+            if solver == AUTO:
+                too_large = min(T, sum(self.base.spec.tap_widths) + 1) > MAX_SYSTEM
+                solver = "sgd" if steps or too_large else "ridge"
+            m = METHODS[CHOICES[solver]]
+        return m
+
+    def _rank(self, m: Method) -> int:
+        return own_rank(m, self.base.spec) if self.rank is None else int(self.rank)
 
     def codec_name(self, m: Method) -> str | None:
         """Codec of the cache as the arguments stand; None: no cache."""
@@ -383,58 +547,163 @@ class FineTuner:
             store.hits, store.misses = old.hits, old.misses
         return store
 
-    def _run(
+    def _settings(self, m: Method) -> dict[str, Any]:
+        """What every call of `solvers.sgd` needs, but epochs."""
+        return {
+            "rank": self._rank(m),
+            "batch_size": self.batch_size,
+            "lr": self.lr,
+            "momentum": self.momentum,
+            "seed": self.seed,
+            "threads": self.threads,
+        }
+
+    def _epochs(
+        self, engine: Engine, m: Method, samples: _Samples, store: Store | None, filling: sgd.Progress | None
+    ) -> int:
+        if self.epochs is not None or self.method != AUTO:
+            return EPOCHS if self.epochs is None else int(self.epochs)
+        if store is not None and store.capacity >= len(samples.x):
+            for rows in parts(len(samples.x), filling):
+                engine.fill(
+                    self.base.spec, self.base.tensors, samples.x[rows], samples.numbers[rows], store, self.threads
+                )
+        return best_epochs(
+            engine, self.base, m, samples.x, samples.y,
+            groups=samples.groups, store=store, numbers=samples.numbers, **self._settings(m),
+        )  # fmt: skip
+
+    def _sgd(
         self,
         engine: Engine,
         m: Method,
-        rows: Floats,
-        labels: NDArray[np.int32],
+        samples: _Samples,
         store: Store | None,
-        numbers: NDArray[np.int64],
         start: Adapter | None,
         epochs: int,
         done: int,
         progress: sgd.Progress | None,
         filling: sgd.Progress | None = None,
     ) -> sgd.FitResult:
-        try:
-            return sgd.fit(
-                engine,
-                self.base,
-                m,
-                rows,
-                labels,
-                rank=self.rank,
-                epochs=epochs,
-                batch_size=self.batch_size,
-                lr=self.lr,
-                momentum=self.momentum,
-                seed=self.seed,
-                threads=self.threads,
-                store=store,
-                numbers=numbers,
-                start=start,
-                epochs_before=done,
-                progress=progress,
-                filling=filling,
-            )
-        except BaseException:
-            # The records are good whatever became of the training, and serve the next run.
-            if store is not None:
-                with contextlib.suppress(FileError):
-                    store.flush()
-            raise
+        return sgd.fit(
+            engine, self.base, m, samples.x, samples.y,
+            epochs=epochs, store=store, numbers=samples.numbers, start=start, epochs_before=done,
+            progress=progress, filling=filling, **self._settings(m),
+        )  # fmt: skip
 
-    def _keep(self, result: sgd.FitResult, store: Store | None, next_number: int) -> None:
+    def _ridge(
+        self, engine: Engine, samples: _Samples, store: Store | None, filling: sgd.Progress | None = None
+    ) -> RidgeResult:
+        return fit_ridge(
+            engine, self.base, samples.x, samples.y,
+            store=store, numbers=samples.numbers, rank=self.rank, seed=self.seed, threads=self.threads,
+            groups=samples.groups, filling=filling,
+        )  # fmt: skip
+
+    def _update(self, samples: _Samples, next_number: int) -> None:
+        """`partial_fit` in closed form."""
+        if self.rank is not None and self.rank < self.base.spec.C:
+            raise UsageError(
+                f"rank must be left out where skip-ridge goes on, not {self.rank}: updates are of full rank"
+            )
+        m, stream = self._check(), getattr(self, "_stream", None)
+        if stream is None:
+            stream = Stream(
+                self._engine(), self.base,
+                seed=self.seed, threads=self.threads, forgetting=self.forgetting, support=self.support,
+            )  # fmt: skip
+            before: _Samples | None = getattr(self, "_fitted", None)
+            if before is not None and self.adapter.method == m.name and self.adapter.base_hash == self.base.hash:
+                stream.learn(before.x, before.y, before.numbers, self._grown(m, before.numbers))
+        store = self._grown(m, samples.numbers)
+        with _flushed(store):
+            adapter = stream.learn(samples.x, samples.y, samples.numbers, store)
+        assert stream.result is not None
+        self._keep(m, stream.result, adapter, store, None, next_number)
+        self._stream = stream
+        self.history_ = {"loss": [], "accuracy": []}
+
+    def _last_samples(self) -> _Samples:
+        """What was fitted last; of a stream, all that it keeps."""
+        stream: Stream | None = getattr(self, "_stream", None)
+        kept = stream.samples() if stream is not None else None
+        samples: _Samples | None = getattr(self, "_fitted", None) if kept is None else _Samples(*kept, None)
+        if samples is None:
+            raise UsageError("fit must come before judge, but nothing was fitted yet, or more than is kept")
+        return samples
+
+    def _leave_out(self, samples: _Samples) -> HeldOut:
+        engine, m, store = self._engine(), self.method_, self.store_
+        if m.solver == "ridge":
+            result = self.result_
+            assert isinstance(result, RidgeResult)
+            if result.adapter is not self.adapter_:  # a stream has gone on since
+                result = self._ridge(engine, samples, store)
+            return HeldOut(Judged(result.rows, result.blocks), result.block_scores, self.adapter_)
+        judge, logits = hold_out(
+            engine, self.base, m, samples.x, samples.y,
+            groups=samples.groups, store=store, numbers=samples.numbers,
+            epochs=max(1, self._epochs_done), **self._settings(m),
+        )  # fmt: skip
+        return HeldOut(judge, logits, self.adapter_)
+
+    def _keep(
+        self,
+        m: Method,
+        result: Result,
+        adapter: Adapter,
+        store: Store | None,
+        samples: _Samples | None,
+        next_number: int,
+    ) -> None:
         """Only now, after success, does anything of the old fit go."""
         if store is not None:
             store.flush()
-        self.adapter_ = result.adapter
+        self.adapter_ = adapter
+        self.method_ = m
         self.result_ = result
         self.store_ = store
+        self._fitted = samples
         self.next_number_ = next_number
         self.classes_ = np.arange(self.base.spec.C)
         self.n_features_in_ = self.base.spec.tap_widths[0]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Samples that were left out, and what was said of them without them.
+
+    Attributes:
+        judge: which rows of the samples last fitted, in which blocks.
+        logits: (n, C) float32.
+        adapter: the adapter that is judged by them.
+    """
+
+    judge: Judged
+    logits: Floats
+    adapter: Adapter
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """What was fitted last: x (T, N), y (T,), numbers (T,), groups (T,) or None."""
+
+    x: Floats
+    y: NDArray[np.int32]
+    numbers: NDArray[np.int64]
+    groups: NDArray[Any] | None
+
+
+@contextlib.contextmanager
+def _flushed(store: Store | None) -> Iterator[None]:
+    """The records are good whatever becomes of the training, and serve the next run."""
+    try:
+        yield
+    except BaseException:
+        if store is not None:
+            with contextlib.suppress(FileError):
+                store.flush()
+        raise
 
 
 def probabilities(logits: Floats) -> Floats:
@@ -443,7 +712,9 @@ def probabilities(logits: Floats) -> Floats:
     return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
 
 
-def _history(result: sgd.FitResult, T: int) -> dict[str, list[float]]:
+def _history(result: Result, T: int) -> dict[str, list[float]]:
+    if isinstance(result, RidgeResult):
+        return {"loss": [], "accuracy": []}
     return {"loss": result.stats.loss.tolist(), "accuracy": (result.stats.correct / T).tolist()}
 
 

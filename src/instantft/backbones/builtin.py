@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -100,6 +100,23 @@ class Network:
             rng = np.random.default_rng([seed, 0, k, int(name.endswith("bias"))])
             tensors[name] = ((2.0 * rng.random(shape, np.float32) - 1.0) / math.sqrt(fan_in)).astype(np.float32)
         return cls(spec, tensors, mean, std)
+
+    def widened(self) -> Network:
+        """The network with one more class, whose logit is the mean of the others, so that it is never the largest.
+
+        Raises:
+            UsageError: the last layer is not a plain fc layer.
+        """
+        *front, last = self.spec.layers
+        if last.kind != "fc" or last.batch_norm or last.relu:
+            raise UsageError("a class can be added where the last layer is fc without batch norm and ReLU")
+        k = len(front)
+        tensors = dict(self.tensors)
+        for name in (f"layers.{k}.weight", f"layers.{k}.bias"):
+            value = tensors[name]
+            tensors[name] = np.concatenate([value, value.mean(axis=-1, keepdims=True)], axis=-1, dtype=np.float32)
+        layers = (*front, replace(last, out=last.out + 1))
+        return Network(NetSpec(self.spec.input_shape, layers), tensors, self.mean, self.std)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a base file; an existing one is replaced whole or not at all.

@@ -24,7 +24,7 @@ from .. import files
 from ..errors import DataError, FileError, UsageError
 from ..spec import NetSpec
 
-__all__ = ["MAX_BYTES", "Samples", "as_array", "as_labels", "as_samples", "load_samples", "warn_if_poor"]
+__all__ = ["MAX_BYTES", "Samples", "as_array", "as_groups", "as_labels", "as_samples", "load_samples", "warn_if_poor"]
 
 Floats = NDArray[np.float32]
 
@@ -43,11 +43,13 @@ class Samples:
         x: (T, N) float32, C-contiguous, scaled and normalised.
         y: (T,) int32, or None where labels were not asked for.
         shape: (N,) or (channels, height, width) of one sample.
+        groups: (T,) integers, or None where they were not asked for.
     """
 
     x: Floats
     y: NDArray[np.int32] | None
     shape: tuple[int, ...]
+    groups: NDArray[Any] | None = None
 
     @property
     def labels(self) -> NDArray[np.int32]:
@@ -175,6 +177,18 @@ def as_labels(y: ArrayLike, T: int, spec: NetSpec | None = None, name: str = "y"
     return labels.astype(np.int32)
 
 
+def as_groups(groups: ArrayLike, T: int, name: str = "groups") -> NDArray[Any]:
+    """One label a sample, by which samples that resemble each other are known: (T,) integers.
+
+    Raises:
+        DataError: not integers or not (T,).
+    """
+    labels = as_array(groups, name)
+    if labels.dtype.kind not in "iu" or labels.shape != (T,):
+        raise DataError(f"{name} must be ({T},) integers, one a sample, not {labels.dtype} {list(labels.shape)}")
+    return labels
+
+
 def warn_if_poor(y: NDArray[np.int32], batch_size: int) -> None:
     """Warn of data that can be used, but are probably not what was meant."""
     if y.size < batch_size:
@@ -189,6 +203,7 @@ def load_samples(
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
     labels: bool = True,
+    groups: str | None = None,
 ) -> Samples:
     """Read and check a sample file.
 
@@ -197,16 +212,18 @@ def load_samples(
         spec: the network the samples are for; None: any shape and any labels from 0.
         mean, std: as in `as_samples`.
         labels: whether y is needed.
+        groups: the key of an integer a sample, where such are asked for.
 
     Raises:
         FileError: missing, unreadable, no ``.npz``, damaged, or larger than MAX_BYTES.
         DataError: a key is missing, or the samples or labels cannot be used.
     """
     path = Path(path)
-    arrays = _read_npz(path, ("x", "y") if labels else ("x",))
+    arrays = _read_npz(path, ("x", *(("y",) if labels else ()), *((groups,) if groups else ())))
     x, shape = as_samples(arrays["x"], spec, mean, std, name=f"{path}: x")
     y = as_labels(arrays["y"], x.shape[0], spec, name=f"{path}: y") if labels else None
-    return Samples(x, y, shape)
+    together = as_groups(arrays[groups], x.shape[0], name=f"{path}: {groups}") if groups else None
+    return Samples(x, y, shape, together)
 
 
 def _read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, NDArray[Any]]:

@@ -49,12 +49,14 @@ class Decision:
         accepted: whether the new model should replace the old one.
         before, after: estimated accuracies, 0 to 1.
         interval: 95 % confidence interval of after − before.
+        n: samples that were looked at.
     """
 
     accepted: bool
     before: float
     after: float
     interval: tuple[float, float]
+    n: int
 
     @property
     def gain(self) -> float:
@@ -88,4 +90,4 @@ def gate(before: Array, after: Array, blocks: Sequence[Rows] | None = None) -> D
     B = len(sums)
     error = math.sqrt(B / (B - 1) * float(((sums - gain * sizes) ** 2).sum())) / float(sizes.sum())
     interval = max(gain - INTERVAL * error, -1.0), min(gain + INTERVAL * error, 1.0)
-    return Decision(gain >= SURE * error, float(old.mean()), float(new.mean()), interval)
+    return Decision(gain >= SURE * error, float(old.mean()), float(new.mean()), interval, n)

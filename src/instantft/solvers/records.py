@@ -164,8 +164,8 @@ def alike(weights: Sequence[float]) -> list[tuple[int, ...]]:
     return [taps for taps in runs_of if weights[taps[0]]]
 
 
-def subset(T: int, most: int, seed: int) -> tuple[Rows, list[Rows]]:
-    """At most `most` rows of T in order: RUNS runs of consecutive samples, spread evenly with a random start.
+def subset(T: int, most: int, seed: int, pieces: int = RUNS) -> tuple[Rows, list[Rows]]:
+    """At most `most` rows of T in order: runs of consecutive samples, spread evenly with a random start.
 
     Runs, so that samples that resemble their neighbours (consecutive spectra, overlapping windows) do so here too,
     and are left out together.
@@ -174,8 +174,8 @@ def subset(T: int, most: int, seed: int) -> tuple[Rows, list[Rows]]:
         The rows, and for each run its place among them.
     """
     n = min(T, most)
-    blocks = runs(n, RUNS)
+    blocks = runs(n, pieces)
     if n == T:
         return np.arange(T), blocks
-    gaps = np.floor((np.arange(RUNS) + np.random.default_rng([seed, 3]).random()) * (T - n) / RUNS)
+    gaps = np.floor((np.arange(len(blocks)) + np.random.default_rng([seed, 3]).random()) * (T - n) / len(blocks))
     return np.concatenate([rows + int(gap) for rows, gap in zip(blocks, gaps, strict=True)]), blocks

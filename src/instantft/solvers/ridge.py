@@ -18,7 +18,7 @@ T samples, L taps, N_k their widths, D = ΣN_k, C outputs.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from ..adapters import Adapter
 from ..backbones.builtin import Network
 from ..cache.store import Store
-from ..engine import Engine, Floats
+from ..engine import Engine, Floats, Progress, parts
 from ..errors import DataError, UsageError
 from ..spec import NetSpec
 from . import closed
@@ -36,11 +36,11 @@ from . import taps as selection
 from .calibration import Temperature, expected_calibration_error, fit_mixture, fit_temperature, log_loss, softmax
 from .factor import Rows, blocks_of
 from .gate import Decision, gate
-from .lowrank import padded
+from .lowrank import Pair, padded
 from .records import CHUNK, Records, alike, subset
 from .sgd import Seconds, check_arguments
 
-__all__ = ["METHOD", "RidgeResult", "fit_ridge"]
+__all__ = ["MAX_SYSTEM", "METHOD", "RidgeResult", "adapter_tensors", "fit_ridge"]
 
 METHOD = "skip-ridge"
 
@@ -116,6 +116,11 @@ class RidgeResult:
         return _accuracy(self.block_scores, self.labels)
 
     @property
+    def loss(self) -> float:
+        """Mean cross-entropy of samples left out in blocks."""
+        return float(log_loss(self.block_scores, self.labels).mean())
+
+    @property
     def calibration_error(self) -> float:
         """Expected calibration error of the probabilities of samples left out in blocks."""
         return expected_calibration_error(softmax(self.block_scores), self.labels)
@@ -151,6 +156,7 @@ def fit_ridge(
     threads: int = 1,
     groups: Array | None = None,
     taps: Literal["auto", "all"] | Sequence[int] = "auto",
+    filling: Progress | None = None,
 ) -> RidgeResult:
     """Adapt `base` to labelled samples in closed form.
 
@@ -166,6 +172,7 @@ def fit_ridge(
         threads: used for running the frozen network.
         groups: (T,) a label a sample; samples of a group are left out together, for the scores and for choosing
             taps. Give them where samples resemble others: one group a recording, a person, a stretch of time.
+        filling: told how many samples have gone through the frozen network.
         taps: "auto": weighted by leave-one-out (`taps.choose`); "all": equal weights; or the taps to use, equally.
 
     Returns:
@@ -189,7 +196,8 @@ def fit_ridge(
 
     began = time.perf_counter()
     if store is not None and store.capacity >= T:
-        engine.fill(spec, base.tensors, x, numbers, store, threads)
+        for rows in parts(T, filling):
+            engine.fill(spec, base.tensors, x[rows], numbers[rows], store, threads)
     records = Records(engine, base, x, numbers, store, threads)
     space: Literal["dual", "primal"] = "dual" if T <= D else "primal"
     if space == "dual" or T * spec.record.width <= MAX_SYSTEM * CHUNK:
@@ -218,7 +226,8 @@ def fit_ridge(
         "cache": None if store is None else store.codec.name,
         "engine": engine.name,
     }
-    adapter = Adapter(METHOD, R, spec, base.hash, _tensors(spec, fitted, float(beta), gain, R), config)
+    tensors = adapter_tensors(spec, fitted.pairs, fitted.bias, float(beta), gain, R)
+    adapter = Adapter(METHOD, R, spec, base.hash, tensors, config)
     done = time.perf_counter()
     return RidgeResult(
         adapter,
@@ -302,14 +311,22 @@ def _logits(scores: Array, frozen: Floats, labels: NDArray[np.int32], blocks: li
     return alone, 0.0
 
 
-def _tensors(spec: NetSpec, fitted: closed.Fitted, beta: float, gain: float, rank: int) -> dict[str, Floats]:
-    """The adapter's tensors; taps that are not in use are zero."""
+def adapter_tensors(
+    spec: NetSpec, pairs: Mapping[int, Pair], bias: Array, beta: float, gain: float, rank: int
+) -> dict[str, Floats]:
+    """The adapter's tensors; taps that are not in use are zero.
+
+    Args:
+        pairs: A_k (N_k, R) and B_k (R, C) of each tap in use; bias: (C,).
+        beta: the temperature, which goes into A and the bias; gain: of the frozen output.
+        rank: R of the adapter.
+    """
     tensors: dict[str, Floats] = {}
     for k in range(spec.L):
         nothing = np.zeros((spec.tap_widths[k], 0)), np.zeros((0, spec.C))
-        A, B = padded(fitted.pairs.get(k, nothing), rank)
+        A, B = padded(pairs.get(k, nothing), rank)
         tensors[f"lora.{k}-{spec.L}.A"] = (beta * A).astype(np.float32)
         tensors[f"lora.{k}-{spec.L}.B"] = B.astype(np.float32)
     tensors["output.gain"] = np.array([gain], np.float32)
-    tensors["output.bias"] = (beta * fitted.bias).astype(np.float32)
+    tensors["output.bias"] = (beta * bias).astype(np.float32)
     return tensors

@@ -28,11 +28,12 @@ from ..backbones.builtin import Network
 from ..cache.store import Store
 from ..engine import CALL_SECONDS, Engine, EpochStats, Floats, Progress, Tensors, Trainer, parts
 from ..errors import DivergedError, UsageError
-from ..methods import Method
+from ..methods import SGD_METHODS, Method
 from ..methods import method as row
 from ..spec import NetSpec
 from .dual import DualTrainer, Space, taps_in_dual
 from .records import Records
+from .step import default_lr
 
 __all__ = ["FitResult", "Progress", "Seconds", "check_arguments", "fit", "pretrain"]
 
@@ -42,6 +43,9 @@ FIRST_CALL_SAMPLES = 10_240
 LONG_EPOCH = 10_240
 """Epochs of more samples are cut into calls of about so many, whatever their speed: the loss of an epoch is summed by
 call, and must not depend on the clock."""
+
+PAPERS_LR = 0.1
+"""The papers' learning rate, for methods whose safe step the cache does not tell."""
 
 MAX_ORDER = 1 << 22
 """Most numbers in one order of samples handed to the engine (16 MiB)."""
@@ -88,7 +92,7 @@ def check_arguments(
     rank: int = 1,
     epochs: int = 1,
     batch_size: int = 1,
-    lr: float = 1.0,
+    lr: float | None = None,
     momentum: float = 0.0,
     seed: int = 0,
     threads: int = 1,
@@ -107,6 +111,7 @@ def check_arguments(
     ):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
             raise UsageError(f"{name} must be an integer from {low} to {high}, not {value!r:.60}")
+    lr = 1.0 if lr is None else lr
     for name, number in (("lr", lr), ("momentum", momentum)):
         if isinstance(number, bool) or not isinstance(number, (int, float, np.integer, np.floating)):
             raise UsageError(f"{name} must be a number, not {number!r:.60}")
@@ -126,7 +131,7 @@ def fit(
     rank: int = 4,
     epochs: int = 10,
     batch_size: int = 20,
-    lr: float = 0.1,
+    lr: float | None = None,
     momentum: float = 0.0,
     seed: int = 0,
     threads: int = 1,
@@ -147,7 +152,8 @@ def fit(
         x: (T, N) float32, as `data.as_samples` yields them.
         y: (T,) int32 labels.
         rank: R of the adapters.
-        epochs, batch_size, lr, momentum: of SGD.
+        epochs, batch_size, lr, momentum: of SGD. lr None: `step.default_lr` where the method leaves records valid, else
+            PAPERS_LR.
         seed: decides the start of the adapters and the order of the samples, and so the whole result.
         threads: used for filling the cache.
         store: the forward cache; None: the frozen network runs in every step.
@@ -164,14 +170,16 @@ def fit(
         The adapter, times, steps, and loss and accuracy by epoch.
 
     Raises:
-        UsageError: an argument is out of range, a cache is given for a method that changes what it would hold, or the
-            dual is asked for where it cannot be used (`dual.taps_in_dual`).
+        UsageError: an argument is out of range, the method makes no steps, a cache is given for one that changes what
+            it would hold, or the dual is asked for where it cannot be used (`dual.taps_in_dual`).
         DivergedError: a loss or a trained value is not finite.
     """
     m = row(method) if isinstance(method, str) else method
     check_arguments(
         rank=rank, epochs=epochs, batch_size=batch_size, lr=lr, momentum=momentum, seed=seed, threads=threads
     )
+    if m.solver != "sgd":
+        raise UsageError(f"SGD needs a method that makes steps: one of {', '.join(SGD_METHODS)}, not {m.name}")
     if store is not None and not m.cacheable:
         raise UsageError(f"a cache must go with a method that leaves the frozen activations as they are, not {m.name}")
     spec, T = base.spec, len(x)
@@ -188,6 +196,11 @@ def fit(
             engine.fill(spec, base.tensors, x[rows], numbers[rows], store, threads)
     filled = time.perf_counter()
 
+    if lr is None:
+        lr = PAPERS_LR
+        if m.cacheable:
+            records = Records(engine, base, x, numbers, store, threads)
+            lr = default_lr(records, m, rank=rank, batch_size=batch_size, momentum=momentum, seed=seed)
     added = initial(m, spec, rank, seed) if start is None else start.tensors
     trainer: Trainer
     if use_dual:

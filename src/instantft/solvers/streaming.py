@@ -38,7 +38,7 @@ from .factor import inverse_factor
 from .lowrank import Pair
 from .taps import Choice, shrinkage
 
-__all__ = ["StreamingRidge"]
+__all__ = ["StreamingRidge", "check_stream"]
 
 Array = NDArray[Any]
 Doubles = NDArray[np.float64]
@@ -55,6 +55,18 @@ NEGLIGIBLE = 1e-7
 
 BLOCKS = 4
 """Parts in which a triangle is read, so that most of its zeros are not."""
+
+
+def check_stream(forgetting: float, support: int | None) -> None:
+    """See that the settings of a stream are in range.
+
+    Raises:
+        UsageError: one is not.
+    """
+    if isinstance(forgetting, bool) or not isinstance(forgetting, (int, float)) or not 0 < forgetting <= 1:
+        raise UsageError(f"forgetting must be above 0 and at most 1, not {forgetting!r:.60}")
+    if support is not None and (isinstance(support, bool) or not isinstance(support, int) or support < 1):
+        raise UsageError(f"support must be at least 1 sample, not {support!r:.60}")
 
 
 class StreamingRidge:
@@ -75,10 +87,7 @@ class StreamingRidge:
     """
 
     def __init__(self, spec: NetSpec, choice: Choice, *, forgetting: float = 1.0, support: int | None = None) -> None:
-        if not 0 < forgetting <= 1:
-            raise UsageError(f"forgetting must be above 0 and at most 1, not {forgetting!r:.60}")
-        if support is not None and (isinstance(support, bool) or not isinstance(support, int) or support < 1):
-            raise UsageError(f"support must be at least 1 sample, not {support!r:.60}")
+        check_stream(forgetting, support)
         if not (np.isfinite(choice.lam) and choice.lam > 0):
             raise UsageError(f"lambda must be above 0 and finite, not {choice.lam!r:.60}")
         self.spec, self.choice, self.forgetting, self.support = spec, choice, float(forgetting), support

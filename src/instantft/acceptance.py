@@ -1,0 +1,99 @@
+"""Whether a new adapter may take the place of what is there: what `finetune` does between fitting and saving.
+
+The gate compares two models on samples that neither was fitted to. An adapter on disk may have been fitted to some of
+these very samples, so each saved adapter carries the fingerprints of its own, and only samples that are new to it
+count. Where nearly all are known to it, as when one data set is used twice, its own estimate of then is compared with
+that of now.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import zlib
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .adapters import Adapter, expected, initial
+from .engine import Floats
+from .errors import FileError
+from .methods import method
+from .solvers.gate import INTERVAL, Decision
+from .tuner import FineTuner
+
+__all__ = ["decide", "fingerprints", "signed", "untrained"]
+
+ENOUGH = 30
+"""Fewer unknown samples than this are not compared one by one."""
+
+REMEMBERED = 100_000
+"""Most fingerprints that are kept: 533 kB. Of more samples, the first so many."""
+
+
+def fingerprints(x: Floats, y: NDArray[np.int32]) -> NDArray[np.uint32]:
+    """(T,) CRC-32 of each sample with its label. x (T, N) before preprocessing or after, but always alike."""
+    found = (zlib.crc32(row, int(label)) for row, label in zip(np.ascontiguousarray(x), y, strict=True))
+    return np.fromiter(found, np.uint32, len(x))
+
+
+def signed(adapter: Adapter, x: Floats, y: NDArray[np.int32], decision: Decision | None, **more: Any) -> Adapter:
+    """The adapter with what a later `decide` needs to know: fingerprints, and its own estimate.
+
+    Args:
+        more: further entries of its config.
+    """
+    known = fingerprints(x[:REMEMBERED], y[:REMEMBERED]).astype("<u4").tobytes()
+    config = {**adapter.config, **more, "seen": base64.b64encode(known).decode()}
+    if decision is not None:
+        config["estimate"] = {"accuracy": decision.after, "samples": decision.n}
+    return replace(adapter, config=config)
+
+
+def untrained(adapter: Adapter, base_tensors: Any) -> Adapter:
+    """An adapter of the same form that changes nothing: what is saved where a first adapter is refused."""
+    m = method(adapter.method)
+    tensors = {name: base_tensors[name] for name in expected(m, adapter.spec, adapter.rank) if name in base_tensors}
+    tensors |= initial(m, adapter.spec, adapter.rank, 0)
+    config = {name: adapter.config[name] for name in ("mean", "std") if name in adapter.config}
+    return Adapter(adapter.method, adapter.rank, adapter.spec, adapter.base_hash, tensors, {**config, "trained": False})
+
+
+def decide(tuner: FineTuner, x: Floats, y: NDArray[np.int32], old: Adapter | None) -> Decision:
+    """Whether the tuner's adapter is better than `old`, or, without one, than the frozen network.
+
+    Args:
+        tuner: fitted to x (T, N) and y (T,).
+        old: the adapter in use, for samples preprocessed as x is.
+
+    Raises:
+        FileError: what `old` says about itself makes no sense.
+    """
+    if old is None or not old.config.get("trained", True):
+        return tuner.judge()
+    known = _seen(old)
+    new = ~np.isin(fingerprints(x, y), known)
+    if new.all():
+        return tuner.judge(old)
+    if new[tuner.left_out().judge.rows].sum() >= ENOUGH:
+        return tuner.judge(old, new)
+    said = old.config.get("estimate")
+    if not isinstance(said, dict):
+        return tuner.judge()
+    before, n = said.get("accuracy"), said.get("samples")
+    if type(before) is not float or type(n) is not int or not 0 <= before <= 1 or n < 1:
+        raise FileError(f"an adapter's estimate must be an accuracy and a number of samples, not {str(said)[:80]}")
+    found = tuner.judge()
+    error = INTERVAL * float(np.sqrt(before * (1 - before) / n + found.after * (1 - found.after) / found.n))
+    interval = max(found.after - before - error, -1.0), min(found.after - before + error, 1.0)
+    return Decision(found.accepted and found.after >= before, before, found.after, interval, found.n)
+
+
+def _seen(adapter: Adapter) -> NDArray[np.uint32]:
+    text = adapter.config.get("seen", "")
+    try:
+        return np.frombuffer(base64.b64decode(text, validate=True), "<u4")
+    except (TypeError, ValueError, binascii.Error):
+        raise FileError(f"an adapter's fingerprints must be base64 of whole words, not {str(text)[:40]!r}") from None

@@ -1,0 +1,119 @@
+"""A held-out block: how methods that make steps are judged, and how many epochs they are worth.
+
+Ridge regression knows from its factorisation what it would say of samples left out. SGD has to be run without them: a
+fifth of the samples, in a few long runs, since neighbours resemble each other, is kept away from a second training with
+the same settings. What is judged is that training; what is kept is the one on all samples.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..backbones.builtin import Network
+from ..cache.store import Store
+from ..engine import Engine, Floats, forward
+from ..methods import Method
+from .calibration import log_loss
+from .closed import LONGEST, Judged, judged
+from .factor import runs
+from .records import subset
+from .sgd import fit
+
+__all__ = ["best_epochs", "hold_out", "split"]
+
+SHARE = 5
+"""One sample in so many is held out."""
+
+PIECES = 4
+"""Runs of consecutive samples they come in."""
+
+STAIRS = (1, 2, 5, 10, 20, 50, 100)
+"""Epochs that are compared."""
+
+
+def split(T: int, groups: NDArray[Any] | None, seed: int) -> tuple[NDArray[np.intp], Judged]:
+    """Rows to train on, and rows to judge by: about T/SHARE, in PIECES runs, or whole groups."""
+    most = max(1, T // SHARE)
+    if groups is None:
+        rows, parts = subset(T, most, seed, PIECES)
+        judge = Judged(rows, [part[cut] for part in parts for cut in runs(len(part), -(-len(part) // LONGEST))])
+    else:
+        judge = judged(T, groups, most, seed)
+    return np.setdiff1d(np.arange(T), judge.rows), judge
+
+
+def hold_out(
+    engine: Engine,
+    base: Network,
+    m: Method,
+    x: Floats,
+    y: NDArray[np.int32],
+    *,
+    groups: NDArray[Any] | None,
+    store: Store | None,
+    numbers: NDArray[np.int64],
+    seed: int,
+    threads: int,
+    **settings: Any,
+) -> tuple[Judged, Floats]:
+    """Train once more without the held-out samples; with nothing left to train on, nothing is learnt.
+
+    Returns:
+        Which samples were held out, and their logits (n, C).
+
+    Args:
+        groups: (T,) a label a sample; samples of a group are held out together.
+        settings: rank, epochs, batch_size, lr, momentum of `sgd.fit`; the other arguments are its too.
+    """
+    train, judge = split(len(x), groups, seed)
+    added: dict[str, Floats] = {}
+    if len(train):
+        fitted = fit(
+            engine, base, m, np.ascontiguousarray(x[train]), y[train],
+            store=store, numbers=numbers[train], seed=seed, threads=threads, **settings,
+        )  # fmt: skip
+        added = dict(fitted.adapter.tensors)
+    held = np.ascontiguousarray(x[judge.rows])
+    return judge, forward(engine, base.spec, {**base.tensors, **added}, held, threads)
+
+
+def best_epochs(
+    engine: Engine,
+    base: Network,
+    m: Method,
+    x: Floats,
+    y: NDArray[np.int32],
+    *,
+    groups: NDArray[Any] | None,
+    store: Store | None,
+    numbers: NDArray[np.int64],
+    seed: int,
+    threads: int,
+    **settings: Any,
+) -> int:
+    """The number of epochs, out of STAIRS, after which the loss of held-out samples is least.
+
+    One training goes up the stairs until two steps have brought nothing. Arguments as for `hold_out`, without epochs.
+    """
+    train, judge = split(len(x), groups, seed)
+    if not len(train):
+        return STAIRS[0]
+    rest, held = np.ascontiguousarray(x[train]), np.ascontiguousarray(x[judge.rows])
+    done, best, least, start = 0, STAIRS[0], np.inf, None
+    for epochs in STAIRS:
+        start = fit(
+            engine, base, m, rest, y[train],
+            store=store, numbers=numbers[train], seed=seed, threads=threads,
+            epochs=epochs - done, epochs_before=done, start=start, **settings,
+        ).adapter  # fmt: skip
+        done = epochs
+        logits = forward(engine, base.spec, {**base.tensors, **start.tensors}, held, threads)
+        loss = float(log_loss(logits, y[judge.rows]).mean())
+        if loss < least:
+            best, least = epochs, loss
+        elif STAIRS.index(epochs) - STAIRS.index(best) >= 2:
+            break
+    return best
