@@ -26,7 +26,7 @@ from instantft.backbones.builtin import Network
 from instantft.cache.store import Store, memory_store
 from instantft.data.drift import rotate
 from instantft.engine import Engine, get_engine
-from instantft.methods import SGD_METHODS
+from instantft.methods import METHODS
 from instantft.solvers import sgd
 from instantft.spec import lenet5
 
@@ -69,7 +69,7 @@ class Bench:
             nonlocal store
             store = memory_store(codec, self.base.spec.record, capacity) if codec and capacity else None
             sgd.fit(
-                self.engine, self.base, SGD_METHODS["skip-lora"], self.x, self.y, epochs=self.E, batch_size=BATCH, lr=LR,
+                self.engine, self.base, METHODS["skip-lora"], self.x, self.y, epochs=self.E, batch_size=BATCH, lr=LR,
                 threads=threads, store=store,
             )  # fmt: skip
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from instantft.backbones import builtin
 from instantft.backbones.builtin import Network
+from instantft.engine import get_engine
 from instantft.errors import FileError, UsageError
 from instantft.spec import dnn, lenet5
 
@@ -223,3 +224,16 @@ def test_negative_variances_are_refused(tmp_path: Path, monkeypatch: pytest.Monk
         Network.load(tmp_path / "b")
     assert "\n" not in str(e.value)
     Network(samples.SPEC, dict(good.tensors) | {"layers.1.bn.running_var": np.zeros(5, np.float32)})
+
+
+@pytest.mark.parametrize("spec", [samples.SPEC, samples.IMAGES])
+def test_a_class_more_is_never_chosen(spec: Any) -> None:
+    base = samples.base(spec)
+    wide = base.widened()
+    x = np.random.default_rng(0).normal(size=(50, spec.tap_widths[0])).astype(np.float32)
+    engine = get_engine("reference")
+    old, new = (engine.forward(n.spec, n.tensors, x) for n in (base, wide))
+    np.testing.assert_allclose(new[:, :-1], old, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(new[:, -1], old.mean(axis=1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(new.argmax(axis=1), old.argmax(axis=1))
+    assert wide.hash != base.hash

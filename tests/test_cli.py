@@ -664,3 +664,82 @@ def test_preprocessing_of_finetune_is_kept_with_the_adapter(here: Path, run: Run
     status, _, err = run(*evaluate)
     assert status == 2
     assert "mean and std must be lists of numbers, not 'much'" in err
+
+
+def test_auto_is_a_closed_form(here: Path, run: Run) -> None:
+    status, out, err = run(*FINETUNE, "new", "--eval", "test.npz", "--json")
+    assert (status, err) == (0, "")
+    got = json.loads(out)
+    assert got["method"] == "skip-ridge"
+    assert (got["steps"], got["epochs"]) == (0, 0)
+    assert got["accepted"] is True
+    assert got["estimate"]["before"] < got["estimate"]["after"] <= 1
+    low, high = got["estimate"]["interval"]
+    assert low < got["estimate"]["after"] - got["estimate"]["before"] < high
+    assert got["accuracy_after"] > 0.9
+    assert (got["cache"]["hits"], got["cache"]["misses"]) == (0, 60)
+    assert 0 <= got["calibration_error"] < 0.2
+    judged = json.loads(run("evaluate", "base.safetensors", "--adapter", "new", "--data", "test.npz", "--json")[1])
+    assert judged["accuracy"] == got["accuracy_after"]
+    assert 0 <= judged["calibration_error"] < 0.3
+    text = run(*FINETUNE, "other")[1]
+    assert "in closed form" in text
+    assert "samples left out" in text
+
+
+def noise(T: int = 60) -> None:
+    x, _ = samples.blobs(T)
+    np.savez("noise.npz", x=x, y=np.random.default_rng(0).integers(0, 3, T))
+
+
+@pytest.mark.parametrize("method", ["auto", "skip2-lora"])
+def test_a_first_adapter_that_is_no_better_changes_nothing(here: Path, run: Run, method: str) -> None:
+    noise()
+    command = ("finetune", "base.safetensors", "--data", "noise.npz", "--method", method, "--out", "new")
+    got = json.loads(run(*command, "--json")[1])
+    assert got["accepted"] is False
+    outputs = []
+    for adapter in ((), ("--adapter", "new")):
+        assert run("predict", "base.safetensors", *adapter, "--data", "ft.npz", "--out", "y.npz")[0] == 0
+        outputs.append(np.load("y.npz")["logits"])
+    np.testing.assert_array_equal(*outputs)
+    assert "--force keeps the new one" in run(*command)[1]
+    assert json.loads(run(*command, "--force", "--json")[1])["accepted"] is False
+    assert run("predict", "base.safetensors", "--adapter", "new", "--data", "ft.npz", "--out", "y.npz")[0] == 0
+    assert np.abs(np.load("y.npz")["logits"] - outputs[0]).max() > 0
+
+
+def test_a_worse_adapter_does_not_replace_a_better_one(here: Path, run: Run) -> None:
+    noise()
+    assert json.loads(run(*FINETUNE, "new", "--json")[1])["accepted"] is True
+    good = Path("new/adapter_model.safetensors").read_bytes()
+    worse = ("finetune", "base.safetensors", "--data", "noise.npz", "--out", "new")
+    got = json.loads(run(*worse, "--json")[1])
+    assert got["accepted"] is False
+    assert Path("new/adapter_model.safetensors").read_bytes() == good
+    assert "new stays as it was" in run(*worse)[1]
+    assert run(*worse, "--force")[0] == 0
+    assert Path("new/adapter_model.safetensors").read_bytes() != good
+
+
+def test_an_adapter_that_cannot_be_compared_is_named(here: Path, run: Run) -> None:
+    assert run(*FINETUNE, "new")[0] == 0
+    status, _, err = run(*FINETUNE, "new", "--mean", "0.1")
+    assert status == 0
+    assert "not compared" in err
+    assert "--mean" in err
+    samples.adapter(samples.base(seed=9)).save("other")
+    status, _, err = run(*FINETUNE, "other")
+    assert status == 0
+    assert "another network" in err
+    assert Adapter.load("other").base_hash == BASE.hash
+
+
+def test_groups_come_from_the_file(here: Path, run: Run) -> None:
+    x, y = samples.blobs(60)
+    np.savez("grouped.npz", x=x, y=y, person=np.arange(60) // 10)
+    command = ("finetune", "base.safetensors", "--data", "grouped.npz", "--out", "new", "--groups")
+    assert run(*command, "person")[0] == 0
+    status, _, err = run(*command, "recording")
+    assert status == 2
+    assert "lacks recording" in err

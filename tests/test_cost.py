@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from instantft.cost import MAX_GRAM_BYTES, cost, dual_work, linear_macs, network_parameters, primal_work, spaces
+from instantft.cost import (
+    MAX_GRAM_BYTES,
+    closed_form,
+    cost,
+    dual_work,
+    linear_macs,
+    network_parameters,
+    primal_work,
+    spaces,
+)
 from instantft.methods import METHODS, method
 from instantft.spec import NetSpec, dnn, lenet5
 
@@ -100,3 +109,17 @@ def test_spaces_stay_within_their_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("instantft.cost.MAX_DECODED_BYTES", 4 * T * sum(widths))
     assert spaces(widths, T, 4, 100_000, 20) == (False, True, True)
     assert spaces(widths, 2 * T, 4, 100_000, 20) == (False, False, False)
+
+
+@pytest.mark.parametrize(("T", "space", "n"), [(100, "dual", 100), (2564, "dual", 2564), (2565, "primal", 2565)])
+def test_closed_form(T: int, space: str, n: int) -> None:
+    """The smaller system is solved, and its cube is in the count."""
+    solve = closed_form(MNIST, T)
+    assert solve.space == space
+    assert solve.flops > 2 * n**3 // 3
+    assert solve.memory >= 8 * n * n
+
+
+def test_dual_and_primal_meet() -> None:
+    a, b = closed_form(MNIST, 2564), closed_form(MNIST, 2565)
+    assert a.flops == pytest.approx(b.flops, rel=0.02)

@@ -118,9 +118,8 @@ def test_forward_honours_gain_and_bias(engine: Engine, method: str | None) -> No
 @pytest.mark.parametrize("net", NETS)
 def test_records(engine: Engine, net: str) -> None:
     spec = NETS[net]
-    tensors = tensors_for(
-        spec, SGD_METHODS["lora-all"]
-    )  # adapters and gain must not show in the frozen network's records
+    # Adapters and gain must not show in the frozen network's records.
+    tensors = tensors_for(spec, SGD_METHODS["lora-all"])
     tensors["output.gain"] = np.array([0.5], np.float32)
     x, _ = samples_for(spec, 23)
     got = engine.records(spec, tensors, x)

@@ -7,13 +7,23 @@ import math
 import pytest
 
 from instantft.errors import UsageError
-from instantft.methods import METHODS, Method, adapter_types, connections, layer_types, method, trainable
+from instantft.methods import (
+    METHODS,
+    Method,
+    adapter_types,
+    connections,
+    layer_types,
+    method,
+    own_rank,
+    parameters,
+    trainable,
+)
 from instantft.spec import dnn, lenet5
 
 from .nets import METHOD_NAMES
 
 
-def parameters(name: str, shape: tuple[int, ...], rank: int = 4) -> int:
+def trained(name: str, shape: tuple[int, ...], rank: int = 4) -> int:
     return sum(math.prod(s) for s in trainable(method(name), lenet5(shape), rank).values())
 
 
@@ -31,14 +41,14 @@ def parameters(name: str, shape: tuple[int, ...], rank: int = 4) -> int:
 )
 def test_trainable_parameters(name: str, mnist: int, svhn: int) -> None:
     """InstantFT's Table 1, column by column (InstantFT itself is skip2-lora)."""
-    assert parameters(name, (1, 28, 28)) == mnist
-    assert parameters(name, (3, 32, 32)) == svhn
+    assert trained(name, (1, 28, 28)) == mnist
+    assert trained(name, (3, 32, 32)) == svhn
 
 
 def test_ft_all_lora_is_both() -> None:
     """Skip2-LoRA §3.1: FT-All and LoRA-All together."""
     shape = (1, 28, 28)
-    assert parameters("ft-all-lora", shape) == parameters("ft-all", shape) + parameters("lora-all", shape)
+    assert trained("ft-all-lora", shape) == trained("ft-all", shape) + trained("lora-all", shape)
 
 
 @pytest.mark.parametrize(
@@ -119,3 +129,11 @@ def test_gradients_flow_where_they_are_needed(name: str) -> None:
 def test_unknown_method() -> None:
     with pytest.raises(UsageError, match=r"^method must be one of ft-all, .*, skip-ridge, not 'ft'$"):
         method("ft")
+
+
+def test_ranks_and_parameters_of_a_closed_form() -> None:
+    spec, ridge = dnn(561, 6), method("skip-ridge")
+    assert [own_rank(m, spec) for m in (ridge, method("skip2-lora"))] == [6, 4]
+    D = 561 + 96 + 96
+    assert parameters(ridge, spec, 6) == 6 * D + 6 + 1
+    assert parameters(ridge, spec, 2) == 2 * D + 3 * 2 * 6 + 6 + 1

@@ -13,6 +13,7 @@ from instantft.backbones.builtin import Network
 from instantft.engine import Engine
 from instantft.errors import DataError, DivergedError, MismatchError, UsageError
 from instantft.methods import METHODS, method
+from instantft.solvers.holdout import STAIRS
 from instantft.tuner import FineTuner, load, probabilities
 
 from . import samples
@@ -324,3 +325,116 @@ def test_an_adapter_from_a_file_can_be_used(tmp_path: Path) -> None:
     other = Network.init(BASE.spec, 77)
     with pytest.raises(MismatchError, match=other.hash):
         FineTuner(other).use(loaded.adapter)
+
+
+def test_auto_picks_what_the_arguments_leave_open() -> None:
+    assert tuner(epochs=None).fit(X, Y).method_.name == "skip-ridge"
+    assert tuner(epochs=None, rank=1).fit(X, Y).adapter.rank == 1
+    for settings in ({"epochs": 3}, {"epochs": None, "lr": 0.1}, {"epochs": None, "momentum": 0.5}):
+        t = tuner(**settings).fit(X, Y)
+        assert t.method_.name == "skip2-lora"
+        assert t.epochs_ == (3 if settings["epochs"] else t.epochs_) > 0
+    assert tuner(epochs=None, solver="sgd").fit(X, Y).method_.name == "skip2-lora"
+    assert tuner(solver="ridge").fit(X, Y).method_.name == "skip-ridge"
+    for wrong, words in (
+        ({"solver": "newton"}, "solver must be one of auto, ridge, sgd, not 'newton'"),
+        ({"solver": "ridge", "method": "ft-all"}, "solver must be sgd for ft-all, not ridge"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            tuner(**wrong)
+
+
+def test_auto_makes_steps_where_the_system_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instantft.tuner.MAX_SYSTEM", 16)
+    t = tuner(epochs=None)
+    assert t.fit(X[:16], Y[:16]).method_.name == "skip-ridge"
+    assert t.fit(X, Y).method_.name == "skip2-lora"
+    assert t.epochs_ in STAIRS
+    assert t.score(X, Y) > 0.9
+
+
+def test_judge_compares_on_samples_left_out(engine: Engine) -> None:
+    good = tuner(engine=engine, epochs=None).fit(X, Y)
+    found = good.judge()
+    assert found.accepted
+    assert found.n == 60
+    assert found.before == pytest.approx(np.mean(frozen(engine, X).argmax(axis=1) == Y))
+    noise = np.random.default_rng(0).integers(0, 3, 60)
+    for method_name in ("auto", "skip2-lora", "ft-all"):
+        t = tuner(engine=engine, method=method_name, epochs=None).fit(X, noise)
+        against_good = t.judge(good.adapter)
+        assert not against_good.accepted
+        assert against_good.n == (60 if method_name == "auto" else 12)
+    with pytest.raises(UsageError, match="fit must come before judge"):
+        tuner().judge()
+
+
+def frozen(engine: Engine, x: Any) -> Any:
+    return engine.forward(BASE.spec, BASE.tensors, x)
+
+
+def test_groups_are_left_out_together() -> None:
+    """Every sample twice: alone its twin gives it away, with the group it does not."""
+    rng = np.random.default_rng(0)
+    x = np.repeat(rng.normal(size=(40, 6)).astype(np.float32), 2, axis=0)
+    y = np.repeat(rng.integers(0, 3, 40), 2)
+    order = rng.permutation(80)
+    plain = tuner(epochs=None).fit(x[order], y[order])
+    grouped = tuner(epochs=None).fit(x[order], y[order], groups=np.repeat(np.arange(40), 2)[order])
+    assert plain.judge().after > grouped.judge().after + 0.1
+    for wrong in (np.zeros(79, int), np.zeros(80)):
+        with pytest.raises(DataError, match="groups must be"):
+            tuner().fit(x, y, groups=wrong)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "nf4"])
+def test_partial_fit_in_closed_form(engine: Engine, codec: str) -> None:
+    """Updates come close to what fit says of all samples, from whichever of the two the stream began with."""
+    whole = tuner(engine=engine, epochs=None, cache=codec).fit(X, Y).decision_function(X)
+    streamed = tuner(engine=engine, epochs=None, cache=codec, support=60)
+    begun = tuner(engine=engine, epochs=None, cache=codec, support=60).fit(X[:15], Y[:15])
+    for t, start in ((streamed, 0), (begun, 15)):
+        for a in range(start, 60, 5):
+            assert t.partial_fit(X[a : a + 5], Y[a : a + 5]) is t
+        assert t.next_number_ == 60
+        assert t.method_.name == "skip-ridge"
+        assert t.score(X, Y) > 0.9
+        assert t.judge().n == 60
+        assert np.mean(t.decision_function(X).argmax(axis=1) == whole.argmax(axis=1)) > 0.9
+    with pytest.raises(UsageError, match="rank must be left out"):
+        tuner(epochs=None, rank=2).partial_fit(X, Y)
+
+
+def test_a_fit_begins_a_new_stream() -> None:
+    t = tuner(epochs=None).partial_fit(X, Y).fit(X[:20], Y[:20])
+    assert t.judge().n == 20
+    t.partial_fit(X[20:30], Y[20:30])
+    assert t.adapter.config["samples"] == 30
+
+
+@pytest.mark.parametrize("settings", [{"epochs": None}, {"method": "skip2-lora", "epochs": 10}])
+def test_a_class_comes_later(engine: Engine, settings: dict[str, Any]) -> None:
+    t = tuner(engine=engine, cache="nf4", **settings).partial_fit(X, Y)
+    before = t.decision_function(X)
+    assert t.add_class() is t
+    assert t.base is not BASE
+    after = t.decision_function(X)
+    np.testing.assert_allclose(after[:, :3], before, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(t.classes_, [0, 1, 2, 3])
+    new = np.random.default_rng(5).normal(size=(30, 6)).astype(np.float32) * 0.5
+    new[:, 5] += 4
+    for _ in range(1 if settings["epochs"] is None else 40):
+        t.partial_fit(new, np.full(30, 3))
+    assert t.score(new, np.full(30, 3)) > 0.9
+    with pytest.raises(UsageError, match="not to ft-all"):
+        tuner(method="ft-all").add_class()
+
+
+def test_settings_of_a_stream() -> None:
+    for wrong in ({"forgetting": 0.0}, {"forgetting": 1.5}, {"support": 0}):
+        with pytest.raises(UsageError, match=r"(forgetting|support) must be"):
+            tuner(**wrong)
+    old, new = np.zeros(40, np.int64), np.ones(40, np.int64)
+    rows = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    t = tuner(epochs=None, forgetting=0.8).partial_fit(rows, old)
+    assert (t.partial_fit(rows + 1e-3, new).predict(rows) == 1).all()

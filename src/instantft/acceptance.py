@@ -33,22 +33,23 @@ REMEMBERED = 100_000
 """Most fingerprints that are kept: 533 kB. Of more samples, the first so many."""
 
 
-def fingerprints(x: Floats, y: NDArray[np.int32]) -> NDArray[np.uint32]:
-    """(T,) CRC-32 of each sample with its label. x (T, N) before preprocessing or after, but always alike."""
-    found = (zlib.crc32(row, int(label)) for row, label in zip(np.ascontiguousarray(x), y, strict=True))
-    return np.fromiter(found, np.uint32, len(x))
+def fingerprints(x: Floats) -> NDArray[np.uint32]:
+    """(T,) CRC-32 of each sample of x (T, N), preprocessed.
+
+    Not of its label too: samples whose label has changed since would be those that the old adapter gets wrong.
+    """
+    return np.fromiter(map(zlib.crc32, np.ascontiguousarray(x)), np.uint32, len(x))
 
 
-def signed(adapter: Adapter, x: Floats, y: NDArray[np.int32], decision: Decision | None, **more: Any) -> Adapter:
-    """The adapter with what a later `decide` needs to know: fingerprints, and its own estimate.
+def signed(adapter: Adapter, x: Floats, decision: Decision, **more: Any) -> Adapter:
+    """The adapter with what a later `decide` needs to know: fingerprints of x (T, N), and its own estimate.
 
     Args:
         more: further entries of its config.
     """
-    known = fingerprints(x[:REMEMBERED], y[:REMEMBERED]).astype("<u4").tobytes()
-    config = {**adapter.config, **more, "seen": base64.b64encode(known).decode()}
-    if decision is not None:
-        config["estimate"] = {"accuracy": decision.after, "samples": decision.n}
+    known = fingerprints(x[:REMEMBERED]).astype("<u4").tobytes()
+    estimate = {"accuracy": decision.after, "samples": decision.n}
+    config = {**adapter.config, **more, "seen": base64.b64encode(known).decode(), "estimate": estimate}
     return replace(adapter, config=config)
 
 
@@ -61,11 +62,11 @@ def untrained(adapter: Adapter, base_tensors: Any) -> Adapter:
     return Adapter(adapter.method, adapter.rank, adapter.spec, adapter.base_hash, tensors, {**config, "trained": False})
 
 
-def decide(tuner: FineTuner, x: Floats, y: NDArray[np.int32], old: Adapter | None) -> Decision:
+def decide(tuner: FineTuner, x: Floats, old: Adapter | None) -> Decision:
     """Whether the tuner's adapter is better than `old`, or, without one, than the frozen network.
 
     Args:
-        tuner: fitted to x (T, N) and y (T,).
+        tuner: fitted to x (T, N).
         old: the adapter in use, for samples preprocessed as x is.
 
     Raises:
@@ -73,8 +74,7 @@ def decide(tuner: FineTuner, x: Floats, y: NDArray[np.int32], old: Adapter | Non
     """
     if old is None or not old.config.get("trained", True):
         return tuner.judge()
-    known = _seen(old)
-    new = ~np.isin(fingerprints(x, y), known)
+    new = ~np.isin(fingerprints(x), _seen(old))
     if new.all():
         return tuner.judge(old)
     if new[tuner.left_out().judge.rows].sum() >= ENOUGH:
@@ -94,6 +94,6 @@ def decide(tuner: FineTuner, x: Floats, y: NDArray[np.int32], old: Adapter | Non
 def _seen(adapter: Adapter) -> NDArray[np.uint32]:
     text = adapter.config.get("seen", "")
     try:
-        return np.frombuffer(base64.b64decode(text, validate=True), "<u4")
+        return np.frombuffer(base64.b64decode(text, validate=True), "<u4").astype(np.uint32)
     except (TypeError, ValueError, binascii.Error):
         raise FileError(f"an adapter's fingerprints must be base64 of whole words, not {str(text)[:40]!r}") from None

@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -398,13 +399,13 @@ def finetune(
         }
     began = time.perf_counter()
     with _Bar("asking the gate", 1):
-        decision = decide(tuner, samples.x, samples.labels, old)
+        decision = decide(tuner, samples.x, old)
     result["seconds"]["gate"] = time.perf_counter() - began
     result["estimate"] = {"before": decision.before, "after": decision.after, "interval": list(decision.interval)}
     result["accepted"] = decision.accepted
     # Whoever uses the adapter must preprocess as it was done here.
     other = {"mean": list(means), "std": list(stds)} if (means, stds) != (network.mean, network.std) else {}
-    adapter = signed(adapter, samples.x, samples.labels, decision, **other)
+    adapter = signed(adapter, samples.x, decision, **other)
     kept, was_there = decision.accepted or force, Path(out, CONFIG_FILE).exists()
     if kept:
         adapter.save(out)
@@ -473,6 +474,7 @@ def evaluate(
     """Accuracy and loss on labelled samples, per class, and the confusion matrix."""
     import numpy as np
 
+    from .solvers.calibration import expected_calibration_error, softmax
     from .table import format_table
 
     network, chosen, samples, logits = _forward(base, adapter, data, mean, std, threads, engine, labels=True)
@@ -484,6 +486,7 @@ def evaluate(
     result: dict[str, Any] = {
         "accuracy": float(right.sum() / len(y)),
         "loss": _loss(logits, y),
+        "calibration_error": expected_calibration_error(softmax(logits), y),
         "n": len(y),
         "per_class": [
             {"class": c, "n": int(counts[c]), "accuracy": float(right[c] / counts[c]) if counts[c] else None}
@@ -494,7 +497,10 @@ def evaluate(
     }
     if as_json:
         return _print_json(result)
-    click.echo(f"accuracy {result['accuracy']:.2%}   loss {result['loss']:.4f}   n {len(y):,}\n")
+    click.echo(
+        f"accuracy {result['accuracy']:.2%}   loss {result['loss']:.4f}   "
+        f"calibration error {result['calibration_error']:.1%}   n {len(y):,}\n"
+    )
     if C > 30:
         click.echo(
             format_table(
@@ -558,15 +564,18 @@ def predict(
 
 @commands.command()
 @click.argument("path", metavar="BASE|DIR")
-@click.option("--rank", default=4, show_default=True, help="Of the adapters whose cost is shown.")
+@click.option("--rank", type=int, help="Of the adapters whose cost is shown. [default: 4; full for skip-ridge]")
+@click.option("--samples", default=1024, show_default=True, help="For the cost of skip-ridge, which has no steps.")
 @_json_option
-def inspect(path: str, rank: int, as_json: bool) -> None:
+def inspect(path: str, rank: int | None, samples: int, as_json: bool) -> None:
     """Layers, taps, shapes, parameters, FLOPs, and bytes a sample in the cache."""
     from .adapters import Adapter
     from .solvers import sgd
     from .tuner import load as load_base
 
-    sgd.check_arguments(rank=rank)
+    sgd.check_arguments(rank=1 if rank is None else rank)
+    if not 1 <= samples <= 1 << 40:
+        raise UsageError(f"--samples must be 1 to {1 << 40}, not {samples}")
     result: dict[str, Any]
     if Path(path).is_dir():
         adapter = Adapter.load(path)
@@ -578,14 +587,14 @@ def inspect(path: str, rank: int, as_json: bool) -> None:
             "base_hash": adapter.base_hash,
             "trainable_parameters": adapter.parameters,
             "tensors": {name: list(t.shape) for name, t in adapter.tensors.items()},
-            "training": dict(adapter.config),
+            "training": {name: value for name, value in adapter.config.items() if name != "seen"},
         }
         rank = adapter.rank
     else:
         network = load_base(path)
         spec = network.spec
         result = {"kind": "base", "hash": network.hash, "mean": list(network.mean), "std": list(network.std)}
-    result |= _described(spec, rank)
+    result |= _described(spec, rank, samples)
     if as_json:
         return _print_json(result)
     _print_inspection(path, result)
@@ -821,10 +830,10 @@ def _print_history(history: Any) -> None:
     click.echo(format_table(("epoch", "loss", "accuracy"), rows) + "\n")
 
 
-def _described(spec: NetSpec, rank: int) -> dict[str, Any]:
+def _described(spec: NetSpec, rank: int | None, T: int) -> dict[str, Any]:
     from .cache.codecs import CODECS
-    from .cost import cost, linear_macs, network_parameters
-    from .methods import METHODS
+    from .cost import closed_form, cost, linear_macs, network_parameters
+    from .methods import METHODS, own_rank
 
     layers = [
         {
@@ -843,10 +852,12 @@ def _described(spec: NetSpec, rank: int) -> dict[str, Any]:
     ]
     methods = []
     for m in METHODS.values():
-        c = cost(spec, m, rank)
+        R = own_rank(m, spec) if rank is None else rank
+        c = cost(spec, m, R)
         methods.append(
             {
                 "method": m.name,
+                "rank": R if m.adapters != "none" else None,
                 "trainable_parameters": c.parameters,
                 "forward_flops": c.forward,
                 "forward_flops_cached": c.forward_cached,
@@ -862,8 +873,8 @@ def _described(spec: NetSpec, rank: int) -> dict[str, Any]:
         "taps": [{"name": f"x{k}", "size": n} for k, n in enumerate(spec.tap_widths)],
         "record_floats": spec.record.size,
         "cache_bytes_per_sample": {name: c.bytes_per_sample(spec.record) for name, c in CODECS.items()},
-        "rank_of_costs": rank,
         "methods": methods,
+        "closed_form": {"samples": T, **asdict(closed_form(spec, T))},
     }
 
 
@@ -904,22 +915,28 @@ def _print_inspection(path: str, r: dict[str, Any]) -> None:
             ],
         )
     )
-    click.echo(f"\nCost a sample, rank {r['rank_of_costs']}:")
+    click.echo("\nCost a sample:")
     click.echo(
         format_table(
-            ("method", "parameters", "forward", "cached", "backward", "memory"),
+            ("method", "rank", "parameters", "forward", "cached", "backward", "memory"),
             [
                 (
                     m["method"],
+                    m["rank"] or "–",
                     f"{m['trainable_parameters']:,}",
                     _flops(m["forward_flops"]),
                     _flops(m["forward_flops_cached"]),
-                    _flops(m["backward_flops"]),
+                    _flops(m["backward_flops"]) if m["backward_flops"] else "–",
                     f"{m['memory_bytes'] / 1000:,.1f} kB",
                 )
                 for m in r["methods"]
             ],
         )
+    )
+    solve = r["closed_form"]
+    click.echo(
+        f"\nskip-ridge solves one system ({solve['space']}) instead: {_flops(solve['flops'])} and "
+        f"{solve['memory'] / 1e6:,.1f} MB for {solve['samples']:,} samples."
     )
     click.echo(f"\nCache, {r['record_floats']:,} values a sample:")
     click.echo(format_table(("codec", "bytes"), [(k, f"{v:,}") for k, v in r["cache_bytes_per_sample"].items()]))
@@ -932,6 +949,8 @@ def _shape(shape: Sequence[int]) -> str:
 def _flops(n: int | None) -> str:
     if n is None:
         return "–"
+    if n >= 1e9:
+        return f"{n / 1e9:.2f} G"
     return f"{n / 1e6:.3f} M" if n >= 1e6 else f"{n / 1e3:.1f} k"
 
 

@@ -198,6 +198,7 @@ def fit_ridge(
     if store is not None and store.capacity >= T:
         for rows in parts(T, filling):
             engine.fill(spec, base.tensors, x[rows], numbers[rows], store, threads)
+        store.hits += T  # every record is looked at once
     records = Records(engine, base, x, numbers, store, threads)
     space: Literal["dual", "primal"] = "dual" if T <= D else "primal"
     if space == "dual" or T * spec.record.width <= MAX_SYSTEM * CHUNK:

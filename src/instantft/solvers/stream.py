@@ -127,6 +127,7 @@ class Stream:
         x, y, numbers = batch
         if store is not None:
             self._engine.fill(self.base.spec, self.base.tensors, x, numbers, store, self._threads)
+            store.hits += len(x)
         records = Records(self._engine, self.base, x, numbers, store, self._threads)
         for rows in records.chunks():
             ridge.update(records.taps(rows), y[rows])

@@ -1,0 +1,75 @@
+"""A held-out block is kept away from training, in long runs or whole groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instantft.cache.store import memory_store
+from instantft.engine import Engine, forward
+from instantft.methods import METHODS
+from instantft.solvers import sgd
+from instantft.solvers.holdout import PIECES, SHARE, STAIRS, best_epochs, hold_out, split
+
+from . import samples
+
+BASE = samples.base()
+X, Y = samples.blobs(90)
+SETTINGS: dict[str, Any] = {"rank": 2, "batch_size": 10, "lr": 0.1, "momentum": 0.0}
+
+
+@pytest.mark.parametrize("T", [1, 2, 4, 5, 30, 200, 1024, 5000])
+def test_runs_are_few_and_long(T: int) -> None:
+    train, judge = split(T, None, 0)
+    assert len(judge.rows) == max(1, T // SHARE)
+    np.testing.assert_array_equal(np.sort(np.concatenate([train, judge.rows])), np.arange(T))
+    assert (np.diff(judge.rows) > 1).sum() < PIECES
+    np.testing.assert_array_equal(np.concatenate(judge.blocks), np.arange(len(judge.rows)))
+
+
+def test_groups_stay_whole() -> None:
+    groups = np.arange(90) // 7
+    train, judge = split(90, groups, 0)
+    assert not set(groups[train]) & set(groups[judge.rows])
+    assert len(train) > 0
+    for block in judge.blocks:
+        assert len(set(groups[judge.rows[block]])) == 1
+
+
+def test_what_is_held_out_is_not_learnt_from(engine: Engine) -> None:
+    """The logits are those of a training without those samples, whatever their labels."""
+    train, judge = split(len(X), None, 3)
+    without = sgd.fit(engine, BASE, "skip2-lora", X[train], Y[train], epochs=4, seed=3, **SETTINGS)
+    want = forward(engine, BASE.spec, {**BASE.tensors, **without.adapter.tensors}, X[judge.rows])
+    for y in (Y, np.where(np.isin(np.arange(len(Y)), judge.rows), 0, Y).astype(np.int32)):
+        store = memory_store("fp32", BASE.spec.record, len(X))
+        found, logits = hold_out(
+            engine, BASE, METHODS["skip2-lora"], X, y,
+            groups=None, store=store, numbers=np.arange(len(X)), seed=3, threads=1, epochs=4, **SETTINGS,
+        )  # fmt: skip
+        np.testing.assert_array_equal(found.rows, judge.rows)
+        np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-5)  # the fused update sums in another order
+
+
+def test_one_sample_leaves_nothing_to_train_on(engine: Engine) -> None:
+    _, logits = hold_out(
+        engine, BASE, METHODS["ft-all"], X[:1], Y[:1],
+        groups=None, store=None, numbers=np.arange(1), seed=0, threads=1, epochs=4, **SETTINGS,
+    )  # fmt: skip
+    np.testing.assert_array_equal(logits, forward(engine, BASE.spec, BASE.tensors, X[:1]))
+
+
+def test_epochs_follow_the_held_out_loss(engine: Engine) -> None:
+    """Clean classes are worth many epochs; labels that mean nothing are worth few."""
+    noise = np.random.default_rng(0).integers(0, 3, len(Y)).astype(np.int32)
+    found = [
+        best_epochs(
+            engine, BASE, METHODS["skip2-lora"], X, y,
+            groups=None, store=None, numbers=np.arange(len(X)), seed=0, threads=1, **{**SETTINGS, "lr": 0.05},
+        )
+        for y in (Y, noise)
+    ]  # fmt: skip
+    assert found[0] == STAIRS[-1]
+    assert found[1] <= STAIRS[3]
