@@ -13,7 +13,7 @@ from instantft.backbones.builtin import Network
 from instantft.cache.store import memory_store
 from instantft.engine import Engine, Tensors
 from instantft.errors import DivergedError, UsageError
-from instantft.methods import METHODS, method
+from instantft.methods import SGD_METHODS, method
 from instantft.solvers import dual, sgd
 from instantft.solvers.records import Records
 from instantft.spec import LayerSpec, NetSpec
@@ -171,7 +171,7 @@ def test_space_is_checked(engine: Engine) -> None:
         UsageError, match=r"^space 'dual' must keep its Gram matrices within \d+ bytes, not 4800000000 "
     ):
         dual.taps_in_dual("dual", method("skip2-lora"), (9, 9, 9), 20_000, 4, 10, 20)
-    for name in METHODS:
+    for name in SGD_METHODS:
         assert fit(engine, base, name, 10, store=None, epochs=1, lr=1e-3).steps == 1
 
 

@@ -38,10 +38,11 @@ def test_python_in_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     samples.base().save("base.safetensors")
     names: dict[str, Any] = {"x": x, "y": y, "x_test": x, "y_test": y, "x_new": x, "y_new": y}
     names |= {"x_old": x[[0, 5, 9]], "y_old": y[[0, 5, 9]]}
-    assert len(others) == 3
+    assert len(others) == 4
     for block in others:
         exec(block, names)
-    assert ift.Adapter.load("adapter", names["base"]).rank == 4
+    assert ift.Adapter.load("adapter", names["base"]).method == "skip-ridge"
+    assert ift.load("wider.safetensors").spec.C == 4
     assert not names["tuner"].store_.held([5]).any()
 
 
