@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instantft.errors import UsageError
-from instantft.solvers.calibration import expected_calibration_error, fit_mixture, fit_temperature, log_loss, softmax
+from instantft.solvers.calibration import (
+    LOWEST,
+    expected_calibration_error,
+    fit_mixture,
+    fit_temperature,
+    log_loss,
+    softmax,
+)
 
 
 def drawn(T: int, beta: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -89,7 +96,8 @@ def test_mixture_is_the_minimum(seed: int, T: int, scale: float) -> None:
 
     found = loss(beta, gain)
     assert found <= loss(float(fit_temperature(z, y)), 0) + 1e-6
-    for b in (0.8 * beta, beta, 1.2 * beta):
+    least = LOWEST / float(np.sqrt(np.mean((z - z.mean(axis=1, keepdims=True)) ** 2)))
+    for b in (max(0.8 * beta, least), beta, 1.2 * beta):
         for g in (0.8 * gain, gain, 1.2 * gain, gain + 0.1 / scale):
             assert found <= loss(b, g) + 1e-4
 
