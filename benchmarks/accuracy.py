@@ -301,7 +301,7 @@ def report_task(task: Task, by_seed: dict[str, Results]) -> str:
     for codec in CODECS.values():
         values = column(f"cache {codec.name}")
         differences = _differences(values, fp32)
-        if codec.bits == 4 and codec.signed is not None and differences:
+        if codec.nonnegative is not None and codec.nonnegative.bits == 4 and differences:
             four_bit = max(four_bit, abs(statistics.fmean(differences)))
         change = "" if codec.name == "fp32" else _mean(differences, error=True)
         caches.append([codec.name, paper.get(codec.name, ""), _cell(values), change])

@@ -14,13 +14,21 @@ static int64_t segment(const ift_plan *p, int k, int *n, int *groups, int *nonne
     return k == p->L ? p->output_at : p->layer[k].tap;
 }
 
+/* Bits of a code in a segment. */
+static int32_t bits_of(int32_t id, int nonnegative) {
+    return id == IFT_INT8 ? 8 : id == IFT_RELU2 && nonnegative ? 2 : 4;
+}
+
+/* relu4, relu2: steps after a ReLU, short scales, the output in binary16. */
+static int relu_made(int32_t id) { return id == IFT_RELU4 || id == IFT_RELU2; }
+
 /* Runs of segment k for this codec; written to `runs` unless NULL. `value` and `code` count what came before. */
 static int64_t segment_runs(const ift_plan *p, int32_t id, int k, int32_t value, int32_t code, int32_t scale,
                             ift_run *runs) {
     int n, groups, nonnegative;
     int64_t at = segment(p, k, &n, &groups, &nonnegative);
     int64_t count = 0;
-    int levels = id == IFT_RELU4 && nonnegative ? 0 : 1;
+    int levels = relu_made(id) && nonnegative ? 0 : 1;
     if (id == IFT_NF4_BLOCK64) { /* blocks go on across segments */
         for (int32_t i = 0; i < n;) {
             int32_t block = (value + i) / BLOCK, left = (block + 1) * BLOCK - (value + i);
@@ -42,7 +50,7 @@ static int64_t runs_of(const ift_plan *p, int32_t id) {
     int64_t count = 0;
     int32_t value = 0;
     if (id == IFT_FP32 || id == IFT_FP16) return 0;
-    for (int k = 1; k <= p->L - (id == IFT_RELU4); k++) {
+    for (int k = 1; k <= p->L - relu_made(id); k++) {
         int n, groups, nonnegative;
         count += segment_runs(p, id, k, value, 0, 0, NULL);
         (void)segment(p, k, &n, &groups, &nonnegative);
@@ -55,73 +63,91 @@ int64_t ift_codec_memory(const ift_plan *p, int32_t id) {
     return runs_of(p, id) * (int64_t)sizeof(ift_run) + (p->row_width / 16 + p->L) * (int64_t)sizeof(ift_block) + 8;
 }
 
-/* Cut the runs of 4-bit codes into blocks. Runs that follow each other in the row and in the codes, on the same levels,
- * are cut together. Returns how many blocks, or 0 where they cannot serve. */
-static int32_t make_blocks(const ift_codec *c, ift_block *blocks) {
+/* Cut the runs of 4-bit and 2-bit codes into blocks. Runs that follow each other in the row and in the codes, on the same
+ * levels, are cut together. Returns how many blocks, or 0 where they cannot serve. */
+static int32_t make_blocks(ift_codec *c, ift_block *blocks) {
     if (c->scales_n > IFT_BLOCK_SCALES) return 0;
-    int32_t count = 0;
-    for (int32_t r = 0; r < c->runs_n;) {
-        int32_t start = c->runs[r].at, code = c->runs[r].code, levels = c->runs[r].levels, end = start, last = r;
-        for (; last < c->runs_n; end += c->runs[last++].n) {
-            const ift_run *u = &c->runs[last];
-            if (u->at != end || u->code - code != end - start || u->levels != levels) break;
-        }
-        if (code & 1) return 0;
-        for (int32_t at = start; at < end; at += 32) {
-            ift_block b = {.at = at, .code = (code + at - start) / 2, .halves = at + 16 < end ? 2 : 1,
-                           .levels = (int16_t)levels};
-            for (int half = 0; half < b.halves; half++) {
-                int32_t from = at + 16 * half, to = from + 16 < end ? from + 16 : end;
-                while (c->runs[r].at + c->runs[r].n <= from) r++;
-                b.a[half] = b.b[half] = (int16_t)c->runs[r].scale;
-                for (int32_t q = r + 1; q < last && c->runs[q].at < to; q++) {
-                    if (c->runs[q].scale == b.a[half]) continue;
-                    if (b.mask[half]) return 0; /* a third scale */
-                    b.b[half] = (int16_t)c->runs[q].scale;
-                    b.mask[half] = (uint16_t)(0xffffu << (c->runs[q].at - from));
-                }
+    int32_t count = 0, r = 0;
+    for (ift_span *span = c->spans; span < c->spans + c->spans_n; span->blocks_to = count, span++) {
+        const int32_t bits = span->bits;
+        while (r < span->runs_to) {
+            int32_t start = c->runs[r].at, code = c->runs[r].code, levels = c->runs[r].levels, end = start, last = r;
+            for (; last < span->runs_to; end += c->runs[last++].n) {
+                const ift_run *u = &c->runs[last];
+                if (u->at != end || u->code - code != end - start || u->levels != levels) break;
             }
-            blocks[count++] = b;
+            if (code * bits % 8) return 0;
+            for (int32_t at = start; at < end; at += 32) {
+                ift_block b = {.at = at, .code = (code + at - start) * bits / 8, .halves = at + 16 < end ? 2 : 1,
+                               .levels = (int16_t)levels};
+                for (int half = 0; half < b.halves; half++) {
+                    int32_t from = at + 16 * half, to = from + 16 < end ? from + 16 : end;
+                    while (c->runs[r].at + c->runs[r].n <= from) r++;
+                    b.a[half] = b.b[half] = (int16_t)c->runs[r].scale;
+                    for (int32_t q = r + 1; q < last && c->runs[q].at < to; q++) {
+                        if (c->runs[q].scale == b.a[half]) continue;
+                        if (b.mask[half]) return 0; /* a third scale */
+                        b.b[half] = (int16_t)c->runs[q].scale;
+                        b.mask[half] = (uint16_t)(0xffffu << (c->runs[q].at - from));
+                    }
+                }
+                blocks[count++] = b;
+            }
+            r = last;
         }
-        r = last;
     }
     return count;
+}
+
+/* Codes of another segment, from the next byte on; returns the index of the first one. */
+static int32_t add_codes(ift_codec *c, int32_t bits, int32_t n, int32_t *bytes) {
+    int32_t first = *bytes * 8 / bits, whole = (n * bits + 7) / 8;
+    ift_span *last = c->spans + c->spans_n - 1;
+    if (!c->spans_n || last->bits != bits) {
+        last = c->spans + c->spans_n++;
+        *last = (ift_span){.bits = bits, .code = first};
+    }
+    last->codes_n += whole * 8 / bits;
+    *bytes += whole;
+    return first;
 }
 
 int ift_codec_init(ift_codec *c, const ift_plan *p, int32_t id, void *memory) {
     if (id < 0 || id >= IFT_CODECS) return IFT_BAD_ARGUMENT;
     ift_run *runs = memory;
-    *c = (ift_codec){.id = id, .runs = runs, .half_at = -1, .half_first = p->L + 1};
-    int four = id == IFT_NF4 || id == IFT_NF4_BLOCK64 || id == IFT_RELU4;
-    int32_t values = 0, code = 0, scales = 0, halves = 0;
-    for (int k = 1; k <= p->L; k++) {
-        int n, groups, nonnegative;
-        (void)segment(p, k, &n, &groups, &nonnegative);
-        if (id == IFT_FP16 || (id == IFT_RELU4 && k == p->L)) {
-            if (c->half_first > k) c->half_first = k;
-            halves += n;
-        } else if (id != IFT_FP32) {
-            c->runs_n += (int32_t)segment_runs(p, id, k, values, code, scales, runs + c->runs_n);
-            scales += groups;
-            code += n;
-            if (four && id != IFT_NF4_BLOCK64) code += code & 1; /* a segment starts on a byte */
-        }
-        values += n;
-    }
+    *c = (ift_codec){.id = id, .runs = runs, .half_at = -1, .half_first = p->L + 1, .short_scales = relu_made(id),
+                     .empty = id == IFT_NF4_BLOCK64 ? 7 : 0};
     if (id == IFT_FP32) {
         c->bytes = c->stride = p->row_width * 4;
         return IFT_OK;
     }
-    if (id == IFT_NF4_BLOCK64) scales = (values + BLOCK - 1) / BLOCK, code = scales * BLOCK;
-    c->scales_n = scales, c->codes_n = code;
-    c->codes_at = (int64_t)scales * (id == IFT_RELU4 ? 2 : 4);
-    if (id == IFT_FP16) c->codes_at = 0;
-    int64_t end = c->codes_at + (four ? code / 2 : code);
+    int32_t values = 0, bytes = 0, halves = 0;
+    for (int k = 1; k <= p->L; k++) {
+        int n, groups, nonnegative;
+        (void)segment(p, k, &n, &groups, &nonnegative);
+        if (id == IFT_FP16 || (relu_made(id) && k == p->L)) {
+            if (c->half_first > k) c->half_first = k;
+            halves += n;
+        } else {
+            int32_t code = id == IFT_NF4_BLOCK64 ? 0 : add_codes(c, bits_of(id, nonnegative), n, &bytes);
+            c->runs_n += (int32_t)segment_runs(p, id, k, values, code, c->scales_n, runs + c->runs_n);
+            c->scales_n += groups;
+            if (c->spans_n) c->spans[c->spans_n - 1].runs_to = c->runs_n;
+        }
+        values += n;
+    }
+    if (id == IFT_NF4_BLOCK64) {
+        c->scales_n = (values + BLOCK - 1) / BLOCK;
+        (void)add_codes(c, 4, c->scales_n * BLOCK, &bytes);
+        c->spans[0].runs_to = c->runs_n;
+    }
+    c->codes_at = (int64_t)c->scales_n * (c->short_scales ? 2 : 4);
+    int64_t end = c->codes_at + bytes;
     if (halves) c->half_at = end, end += 2 * (int64_t)halves;
     c->bytes = end;
     ift_block *blocks = (ift_block *)(void *)(runs + runs_of(p, id));
     c->blocks = blocks;
-    if (four) c->blocks_n = make_blocks(c, blocks);
+    if (id != IFT_INT8) c->blocks_n = make_blocks(c, blocks);
     c->stride = (end + 7) / 8 * 8;
     return IFT_OK;
 }

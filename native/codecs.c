@@ -1,5 +1,5 @@
-/* The codecs: fp32, fp16, int8, and the 4-bit family (nf4, nf4-block64, relu4), all told by runs of values that share
- * a scale. cache/codecs.py is the readable twin; vectors/ holds both to the same bytes.
+/* The codecs: fp32, fp16, int8, and those of 4 and 2 bits (nf4, nf4-block64, relu4, relu2), all told by runs of values
+ * that share a scale. cache/codecs.py is the readable twin; vectors/ holds both to the same bytes.
  */
 #include "codecs.h"
 
@@ -89,20 +89,20 @@ INLINE void store_codes(uint8_t *code, vi c) {
 }
 #endif
 
-/* 15 steps from 0: min(15, round(max(x, 0)·inv)) */
-static void encode_steps(const float *x, int n, float inv, uint8_t *code) {
+/* Steps from 0: min(top, round(max(x, 0)·inv)), top 15 or 3 */
+static void encode_steps(const float *x, int n, float inv, float top, uint8_t *code) {
     int i = 0;
 #if IFT_VL > 1
     EACH_VECTOR {
         vf v = vmax(vload(x + i), vset(0)) * vset(inv);
-        v = vset(0) - vmax(vset(0) - v, vset(-15));
+        v = vset(0) - vmax(vset(0) - v, vset(-top));
         v = v + vset(12582912.0f); /* the rounded value is now in the low bits */
         store_codes(code + i, (vi)v & 15);
     }
 #endif
     for (; i < n; i++) {
         float v = x[i] > 0 ? x[i] * inv : 0;
-        v = nearest(v < 15 ? v : 15);
+        v = nearest(v < top ? v : top);
         code[i] = (uint8_t)(int32_t)v;
     }
 }
@@ -186,12 +186,20 @@ static void decode_halves(const ift_plan *p, const ift_codec *c, const uint8_t *
     }
 }
 
-/* Two codes a byte, the first one low. */
+/* Two or four codes a byte, the first one low. */
 static void pack_pairs(const uint8_t *restrict codes, int n, uint8_t *restrict out) {
     for (int i = 0; i < n; i++) {
         uint16_t two;
         memcpy(&two, codes + 2 * i, 2);
         out[i] = (uint8_t)(two | two >> 4);
+    }
+}
+static void pack_fours(const uint8_t *restrict codes, int n, uint8_t *restrict out) {
+    for (int i = 0; i < n; i++) {
+        uint32_t four;
+        memcpy(&four, codes + 4 * i, 4);
+        four |= four >> 6;
+        out[i] = (uint8_t)((four & 15) | (four >> 12 & 240));
     }
 }
 
@@ -202,86 +210,122 @@ void codec_encode(const ift_plan *p, const ift_codec *c, const float *row, uint8
     }
     for (int64_t i = c->bytes; i < c->stride; i++) out[i] = 0;
     if (c->half_at >= 0) encode_halves(p, c, row, out);
-    if (!c->codes_n) return;
-    int four = c->id != IFT_INT8;
-    if (four) memset(scratch, c->id == IFT_NF4_BLOCK64 ? 7 : 0, (size_t)c->codes_n);
-    for (int r = 0; r < c->runs_n;) {
-        int next = r;
-        float m = 0;
-        for (; next < c->runs_n && c->runs[next].scale == c->runs[r].scale; next++) {
-            const ift_run *u = &c->runs[next];
-            float a = peak(row + u->at, u->n, four && u->levels == 0);
-            m = a > m ? a : m;
+    int r = 0;
+    for (const ift_span *span = c->spans; span < c->spans + c->spans_n; span++) {
+        const int bits = span->bits;
+        uint8_t *to = out + c->codes_at + (int64_t)span->code * bits / 8;
+        if (bits < 8) memset(scratch, c->empty, (size_t)span->codes_n);
+        while (r < span->runs_to) {
+            const int first = r, levels = c->runs[r].levels;
+            const float top = bits == 8 ? 127.0f : levels ? 1.0f : bits == 4 ? 15.0f : 3.0f;
+            float m = 0;
+            for (; r < span->runs_to && c->runs[r].scale == c->runs[first].scale; r++) {
+                float a = peak(row + c->runs[r].at, c->runs[r].n, levels == 0);
+                m = a > m ? a : m;
+            }
+            int zero = !(m >= smallest);
+            float scale = zero ? 0 : m / top, inv;
+            if (c->short_scales) {
+                uint16_t half = bf16_up(scale);
+                memcpy(out + 2 * c->runs[first].scale, &half, 2);
+                inv = zero ? 0 : 1.0f / float_of((uint32_t)half << 16);
+            } else {
+                inv = zero ? 0 : top / m;
+                memcpy(out + 4 * c->runs[first].scale, &scale, 4);
+            }
+            for (const ift_run *u = c->runs + first; u < c->runs + r; u++) {
+                int at = u->code - span->code;
+                if (bits == 8) encode_int8(row + u->at, u->n, inv, (int8_t *)to + at);
+                else if (levels) encode_nf4(row + u->at, u->n, inv, scratch + at);
+                else encode_steps(row + u->at, u->n, inv, top, scratch + at);
+            }
         }
-        float scale = 0, inv = 0;
-        int zero = !(m >= smallest);
-        if (c->id == IFT_RELU4) {
-            uint16_t half = zero ? 0 : bf16_up(c->runs[r].levels ? m : m / 15.0f);
-            memcpy(out + 2 * c->runs[r].scale, &half, 2);
-            scale = float_of((uint32_t)half << 16);
-            inv = zero ? 0 : 1.0f / scale;
-        } else {
-            float top = four ? 1.0f : 127.0f;
-            scale = zero ? 0 : m / top;
-            inv = zero ? 0 : top / m;
-            memcpy(out + 4 * c->runs[r].scale, &scale, 4);
-        }
-        for (; r < next; r++) {
-            const ift_run *u = &c->runs[r];
-            if (!four) encode_int8(row + u->at, u->n, inv, (int8_t *)out + c->codes_at + u->code);
-            else if (u->levels) encode_nf4(row + u->at, u->n, inv, scratch + u->code);
-            else encode_steps(row + u->at, u->n, inv, scratch + u->code);
-        }
+        if (bits == 4) pack_pairs(scratch, span->codes_n / 2, to);
+        if (bits == 2) pack_fours(scratch, span->codes_n / 4, to);
     }
-    if (four) pack_pairs(scratch, c->codes_n / 2, out + c->codes_at);
 }
 
-#if IFT_VL == 16
-static void decode_run(const ift_run *u, const uint8_t *codes, float scale, float *out, int room) {
-    (void)room;
-    for (int i = 0, c = u->code; i < u->n; i++, c++) {
-        int code = codes[c >> 1] >> (c & 1) * 4 & 15;
+/* Codes u->code + i … of a run, one by one. */
+INLINE void decode_rest(const ift_run *u, const uint8_t *codes, int bits, float scale, float *out, int i) {
+    for (int at = (u->code + i) * bits; i < u->n; i++, at += bits) {
+        int code = codes[at >> 3] >> (at & 7) & ((1 << bits) - 1);
         out[i] = (u->levels ? nf4_levels[code] : (float)code) * scale;
     }
 }
 
-/* All blocks of a record. A 16-entry permute looks codes up, two more put low and high nibbles in turn. */
-static void decode_blocks(const ift_codec *c, const uint8_t *codes, const float *scales, float *row) {
+#if IFT_VL == 16
+static void decode_run(const ift_run *u, const uint8_t *codes, int bits, float scale, float *out, int room) {
+    (void)room;
+    decode_rest(u, codes, bits, scale, out, 0);
+}
+
+/* What values 16·half … of a block are multiplied by; few straddle two groups where groups are large. */
+INLINE __m512 block_scale(const ift_block *b, int half, const float *scales) {
+    __m512 s = _mm512_set1_ps(scales[b->a[half]]);
+    return b->mask[half] ? _mm512_mask_mov_ps(s, b->mask[half], _mm512_set1_ps(scales[b->b[half]])) : s;
+}
+
+/* 4 bits: a 16-entry permute looks codes up, two more put low and high nibbles in turn. */
+static void decode_blocks4(const ift_block *b, const ift_block *end, const uint8_t *codes, const float *scales,
+                           float *row) {
     const vf steps = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const __m512 tables[2] = {(__m512)steps, _mm512_loadu_ps(nf4_levels)};
     const __m512i left = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i right = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    for (const ift_block *b = c->blocks, *end = b + c->blocks_n; b < end; b++) {
+    for (; b < end; b++) {
         __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(codes + b->code)));
         __m512 table = tables[b->levels];
         __m512 low = _mm512_permutexvar_ps(v, table), high = _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4), table);
-        __m512 s = _mm512_set1_ps(scales[b->a[0]]), t = _mm512_set1_ps(scales[b->a[1]]);
-        if (b->mask[0] | b->mask[1]) { /* few blocks straddle two groups where groups are large */
-            s = _mm512_mask_mov_ps(s, b->mask[0], _mm512_set1_ps(scales[b->b[0]]));
-            t = _mm512_mask_mov_ps(t, b->mask[1], _mm512_set1_ps(scales[b->b[1]]));
-        }
+        __m512 s = block_scale(b, 0, scales), t = block_scale(b, 1, scales);
         _mm512_storeu_ps(row + b->at, _mm512_mul_ps(_mm512_permutex2var_ps(low, left, high), s));
         if (b->halves == 2) _mm512_storeu_ps(row + b->at + 16, _mm512_mul_ps(_mm512_permutex2var_ps(low, right, high), t));
     }
 }
+
+/* 2 bits: 16 codes are one word; each lane shifts its own to the bottom, and the permute sees the lowest four bits, of
+ * which two are its neighbour's. */
+static void decode_blocks2(const ift_block *b, const ift_block *end, const uint8_t *codes, const float *scales,
+                           float *row) {
+    const __m512 steps = _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+    const __m512i shift = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    for (; b < end; b++) {
+        int32_t word[2];
+        memcpy(word, codes + b->code, sizeof word);
+        __m512 low = _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_set1_epi32(word[0]), shift), steps);
+        __m512 high = _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_set1_epi32(word[1]), shift), steps);
+        _mm512_storeu_ps(row + b->at, _mm512_mul_ps(low, block_scale(b, 0, scales)));
+        if (b->halves == 2) _mm512_storeu_ps(row + b->at + 16, _mm512_mul_ps(high, block_scale(b, 1, scales)));
+    }
+}
+
+/* All blocks of a record. */
+static void decode_blocks(const ift_codec *c, const uint8_t *codes, const float *scales, float *row) {
+    const ift_block *b = c->blocks;
+    for (const ift_span *span = c->spans; span < c->spans + c->spans_n; span++) {
+        const ift_block *end = c->blocks + span->blocks_to;
+        if (span->bits == 4) decode_blocks4(b, end, codes, scales, row);
+        else decode_blocks2(b, end, codes, scales, row);
+        b = end;
+    }
+}
 #else
-/* room: floats from out to the end of the row */
-static void decode_run(const ift_run *u, const uint8_t *codes, float scale, float *out, int room) {
-    int i = 0, n = u->n;
+/* Whole vectors of a run; what they write past it is put right by the next one, or by the gap's zeros. Returns how many
+ * values that was. room: floats from out to the end of the row. */
 #if IFT_VL > 1
-    const uint8_t *p = codes + (u->code >> 1);
-    /* whole vectors; what they write past a run is put right by the next one, or by the gap's zeros */
-    const uint32_t first = (uint32_t)(u->code & 1) * 4;
-    for (; i < n && i + IFT_VL <= room; i += IFT_VL, p += IFT_VL / 2) {
+INLINE int decode_vectors(const ift_run *u, const uint8_t *codes, int bits, float scale, float *out, int room) {
+    const uint8_t *p = codes + (u->code * bits >> 3);
+    const int first = u->code * bits & 7;
+    int i = 0;
+#if IFT_VL == 8
+    const vwords shift = bits == 4 ? (vwords){0, 4, 8, 12, 16, 20, 24, 28} : (vwords){0, 2, 4, 6, 8, 10, 12, 14};
+#else
+    const vwords shift = bits == 4 ? (vwords){0, 4, 8, 12} : (vwords){0, 2, 4, 6};
+#endif
+    const vwords mask = (vwords){0} + (bits == 4 ? 15u : 3u);
+    for (; i < u->n && i + IFT_VL <= room; i += IFT_VL, p += IFT_VL * bits / 8) {
         uint64_t w;
         memcpy(&w, p, 8);
-        uint32_t nibbles = (uint32_t)(w >> first);
-#if IFT_VL == 8
-        const vwords shift = {0, 4, 8, 12, 16, 20, 24, 28};
-#else
-        const vwords shift = {0, 4, 8, 12};
-#endif
-        vi index = (vi)((((vwords){0} + nibbles) >> shift) & 15);
+        vi index = (vi)((((vwords){0} + (uint32_t)(w >> first)) >> shift) & mask);
         vf v;
         if (!u->levels) {
             v = __builtin_convertvector(index, vf);
@@ -296,13 +340,17 @@ static void decode_run(const ift_run *u, const uint8_t *codes, float scale, floa
         }
         vstore(out + i, v * vset(scale));
     }
+    return i;
+}
+#endif
+static void decode_run(const ift_run *u, const uint8_t *codes, int bits, float scale, float *out, int room) {
+#if IFT_VL > 1
+    int i = bits == 4 ? decode_vectors(u, codes, 4, scale, out, room) : decode_vectors(u, codes, 2, scale, out, room);
 #else
+    int i = 0;
     (void)room;
 #endif
-    for (int c = u->code + i; i < n; i++, c++) {
-        int code = codes[c >> 1] >> (c & 1) * 4 & 15;
-        out[i] = (u->levels ? nf4_levels[code] : (float)code) * scale;
-    }
+    decode_rest(u, codes, bits, scale, out, i);
 }
 #endif
 
@@ -333,7 +381,7 @@ static void decode_int8(const int8_t *code, int n, float scale, float *out, int 
 
 INLINE float scale_at(const ift_codec *c, const uint8_t *in, int i) {
     float scale;
-    if (c->id != IFT_RELU4) {
+    if (!c->short_scales) {
         memcpy(&scale, in + 4 * i, 4);
         return scale;
     }
@@ -347,24 +395,24 @@ void codec_decode(const ift_plan *p, const ift_codec *c, const uint8_t *in, floa
         memcpy(row, in, (size_t)p->row_width * sizeof *row);
         return;
     }
-    int runs_n = c->runs_n;
+    const uint8_t *codes = in + c->codes_at;
+    int blocks_n = 0;
 #if IFT_VL == 16
-    if (c->blocks_n) {
+    blocks_n = c->blocks_n;
+    if (blocks_n) {
         float scales[IFT_BLOCK_SCALES];
         for (int i = 0; i < c->scales_n; i++) scales[i] = scale_at(c, in, i);
-        decode_blocks(c, in + c->codes_at, scales, row);
-        runs_n = 0;
+        decode_blocks(c, codes, scales, row);
     }
 #endif
-    for (int r = 0; r < runs_n; r++) {
-        const ift_run *u = &c->runs[r];
-        float scale = scale_at(c, in, u->scale);
-        if (c->id == IFT_INT8) {
-            decode_int8((const int8_t *)in + c->codes_at + u->code, u->n, scale, row + u->at, (int)p->row_width - u->at);
-        } else {
-            decode_run(u, in + c->codes_at, scale, row + u->at, (int)p->row_width - u->at);
+    for (int s = 0, r = 0; s < c->spans_n && !blocks_n; s++)
+        for (; r < c->spans[s].runs_to; r++) {
+            const ift_run *u = &c->runs[r];
+            float scale = scale_at(c, in, u->scale), *out = row + u->at;
+            int bits = c->spans[s].bits, room = (int)p->row_width - u->at;
+            if (bits == 8) decode_int8((const int8_t *)codes + u->code, u->n, scale, out, room);
+            else decode_run(u, codes, bits, scale, out, room);
         }
-    }
     if (c->half_at >= 0) decode_halves(p, c, in, row);
     for (int k = 1; k <= p->L; k++) {
         int n;

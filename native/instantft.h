@@ -95,18 +95,25 @@ int ift_plan_init(ift_plan *plan, const ift_layer_desc *layers, int32_t L, const
                   int32_t batch);
 
 /* Codecs: how a record row is written into bytes. */
-enum ift_codec_id { IFT_FP32, IFT_FP16, IFT_INT8, IFT_NF4, IFT_NF4_BLOCK64, IFT_RELU4, IFT_CODECS };
+enum ift_codec_id { IFT_FP32, IFT_FP16, IFT_INT8, IFT_NF4, IFT_NF4_BLOCK64, IFT_RELU4, IFT_RELU2, IFT_CODECS };
 
 /* Values that lie together in a row and share a scale; consecutive runs may share one. */
 typedef struct ift_run {
     int32_t at;    /* first value in the row */
     int32_t n;
     int32_t scale; /* index of its scale */
-    int32_t code;  /* index of its first code */
+    int32_t code;  /* index of its first code, as if all were as wide as its own */
     int32_t levels; /* 0: unsigned steps, 1: NF4 */
 } ift_run;
 
-/* The same for decoders with wide vectors: 32 values from a multiple of 16 on, each half of them under at most two
+/* Consecutive runs whose codes have one width and follow each other. */
+typedef struct ift_span {
+    int32_t bits;              /* of a code: 8, 4 or 2 */
+    int32_t runs_to, blocks_to; /* past its last run and block; it starts where the one before ends */
+    int32_t code, codes_n;     /* index of its first code, and how many; whole bytes */
+} ift_span;
+
+/* The same as runs for decoders with wide vectors: 32 values from a multiple of 16 on, each half of them under at most two
  * scales (lanes in `mask` have scale b, the others a). */
 typedef struct ift_block {
     int32_t at;   /* first value in the row */
@@ -118,9 +125,11 @@ typedef struct ift_block {
 } ift_block;
 
 typedef struct ift_codec {
-    int32_t id, runs_n, blocks_n, scales_n, codes_n;
+    int32_t id, spans_n, runs_n, blocks_n, scales_n;
+    int32_t short_scales, empty; /* 1: scales are bfloat16; code of level 0 */
     int64_t bytes, stride, codes_at, half_at; /* bytes; half_at: where fp16 values start */
     int32_t half_first;                       /* first segment written as fp16; past L: none */
+    ift_span spans[IFT_MAX_LAYERS];
     const ift_run *runs;
     const ift_block *blocks; /* blocks_n 0: groups are too small or too many, only runs serve */
 } ift_codec;

@@ -26,6 +26,9 @@ LENET = lenet5((1, 28, 28)).record
 
 f32 = np.float32
 
+RELU_MADE = {"relu4": 15, "relu2": 3}
+"""Codecs with scales in bfloat16, the output in binary16, and so many equal steps after a ReLU."""
+
 every_codec = pytest.mark.parametrize("name", CODECS)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -62,8 +65,8 @@ def gaps(record: RecordSpec) -> np.ndarray:
 
 def slow_group(v: list[f32], grid: str, bfloat16: bool) -> tuple[bytes, list[int]]:
     """Scale and codes of one group, from the rules on the page."""
-    span = {"table": f32(1), "unsigned": f32(15), "int8": f32(127)}[grid]
-    m = max(v) if grid == "unsigned" else max(abs(x) for x in v)
+    span = {"table": f32(1), "steps 15": f32(15), "steps 3": f32(3), "int8": f32(127)}[grid]
+    m = max(v) if grid.startswith("steps") else max(abs(x) for x in v)
     if m < f32(1e-30):
         return bytes(2 if bfloat16 else 4), [7 if grid == "table" else 0] * len(v)
     scale = m / span
@@ -77,16 +80,17 @@ def slow_group(v: list[f32], grid: str, bfloat16: bool) -> tuple[bytes, list[int
     for x in v:
         if grid == "table":
             codes.append(sum(x * inv > t for t in NF4_THRESHOLDS))
-        elif grid == "unsigned":
-            codes.append(int(min(f32(15), np.rint(max(x, f32(0)) * inv))))
+        elif grid.startswith("steps"):
+            codes.append(int(min(span, np.rint(max(x, f32(0)) * inv))))
         else:
             codes.append(int(np.clip(np.rint(x * inv), -127, 127)) & 0xFF)
     return raw, codes
 
 
-def nibbles(codes: list[int]) -> bytes:
-    codes = [*codes, 0] if len(codes) % 2 else codes
-    return bytes(low | high << 4 for low, high in zip(codes[::2], codes[1::2], strict=True))
+def packed(codes: list[int], bits: int) -> bytes:
+    """One number whose lowest bits are the first code, lowest byte first."""
+    number = sum(int(code) << (bits * i) for i, code in enumerate(codes))
+    return number.to_bytes(-(-len(codes) * bits // 8), "little")
 
 
 def halves(v: list[f32]) -> bytes:
@@ -105,20 +109,22 @@ def slow_encode(name: str, row: np.ndarray, record: RecordSpec) -> bytes:
         for start in range(0, len(everything), 64):
             scale, block = slow_group(everything[start : start + 64], "table", False)
             scales += scale
-            codes += nibbles(block + [7] * (64 - len(block)))
+            codes += packed(block + [7] * (64 - len(block)), 4)
         return scales + codes
     for s, v in segments:
-        if name == "relu4" and s.name == "c":
+        if name in RELU_MADE and s.name == "c":
             tail = halves(v)
             continue
-        grid = "int8" if name == "int8" else "unsigned" if name == "relu4" and s.nonnegative else "table"
+        grid = "int8" if name == "int8" else "table"
+        if name in RELU_MADE and s.nonnegative:
+            grid = f"steps {RELU_MADE[name]}"
         n = s.size // s.groups
         found: list[int] = []
         for g in range(s.groups):
-            scale, group = slow_group(v[g * n : g * n + n], grid, name == "relu4")
+            scale, group = slow_group(v[g * n : g * n + n], grid, name in RELU_MADE)
             scales += scale
             found += group
-        codes += bytes(found) if name == "int8" else nibbles(found)
+        codes += packed(found, {"int8": 8, "steps 3": 2}.get(grid, 4))
     return scales + codes + tail
 
 
@@ -249,7 +255,7 @@ def test_error_is_bounded(name: str, values: np.ndarray) -> None:
         e = np.abs(back[:, s.offset : s.offset + s.size] - v)
         if name == "fp32":
             bound = np.zeros_like(v)
-        elif name == "fp16" or (name == "relu4" and s.name == "c"):
+        elif name == "fp16" or (name in RELU_MADE and s.name == "c"):
             e = np.abs(back[:, s.offset : s.offset + s.size] - np.clip(v, -65504, 65504))
             bound = np.abs(v) * 2.0**-11 + 2.0**-25
         elif name == "nf4-block64":
@@ -260,7 +266,9 @@ def test_error_is_bounded(name: str, values: np.ndarray) -> None:
             bound = absmax * HALF_GAP * (1 + 1e-5)
         else:
             m = np.abs(v.reshape(2, s.groups, -1)).max(axis=2).repeat(s.size // s.groups, axis=1)
-            half = {"int8": 0.5 / 127, "nf4": HALF_GAP, "relu4": 0.5 / 15 if s.nonnegative else HALF_GAP}[name]
+            half = 0.5 / 127 if name == "int8" else HALF_GAP
+            if name in RELU_MADE and s.nonnegative:
+                half = 0.5 / RELU_MADE[name]
             bound = m * half * (1 + 2.0**-7 + 1e-5)
         assert (e <= bound + 1e-29).all(), s.name
         start += s.size
@@ -288,7 +296,15 @@ def test_fp32_is_exact() -> None:
 def test_bytes_of_lenet5() -> None:
     """InstantFT's 995 B; the poster's 1,012 B with its 4-byte flag; our own at no more."""
     sizes = {name: c.bytes_per_sample(LENET) for name, c in CODECS.items()}
-    assert sizes == {"fp32": 7160, "fp16": 3580, "int8": 1890, "nf4": 995, "nf4-block64": 1008, "relu4": 958}
+    assert sizes == {
+        "fp32": 7160,
+        "fp16": 3580,
+        "int8": 1890,
+        "nf4": 995,
+        "nf4-block64": 1008,
+        "relu4": 958,
+        "relu2": 513,
+    }
 
 
 def test_nf4_table_follows_from_the_normal_distribution() -> None:
@@ -314,16 +330,54 @@ def test_relu4_beats_nf4_after_a_relu() -> None:
     assert error("relu4") < 0.4 * error("nf4-block64")
 
 
-def test_relu4_counts_negative_values_as_zero() -> None:
+@pytest.mark.parametrize("name", RELU_MADE)
+def test_negative_values_after_a_relu_count_as_zero(name: str) -> None:
     rows = np.zeros((1, SMALL.width), np.float32)
     rows[0, :25] = np.linspace(-5, 3, 25)
-    back = codec("relu4").decode(codec("relu4").encode(rows, SMALL), SMALL)[0, :25]
+    back = codec(name).decode(codec(name).encode(rows, SMALL), SMALL)[0, :25]
     assert (back[rows[0, :25] <= 0] == 0).all()
-    assert np.abs(back - np.maximum(rows[0, :25], 0)).max() <= 3 / 15 / 2 * 1.01
+    assert np.abs(back - np.maximum(rows[0, :25], 0)).max() <= 3 / RELU_MADE[name] / 2 * 1.01
+
+
+@settings(max_examples=50, deadline=None)
+@given(values=hnp.arrays(np.float32, (2, SMALL.size), elements=magnitudes))
+def test_relu2_is_four_values_a_channel_and_nf4_where_there_is_no_relu(values: np.ndarray) -> None:
+    """0, 1, 2 and 3 thirds of a channel's maximum, which is kept to the precision of its scale; order is kept too."""
+    rows = rows_of(SMALL, values)
+    two = codec("relu2").decode(codec("relu2").encode(rows, SMALL), SMALL)
+    four = codec("relu4").decode(codec("relu4").encode(rows, SMALL), SMALL)
+    for s in SMALL.segments:
+        v, w = (r[:, s.offset : s.offset + s.size].reshape(2, s.groups, -1) for r in (rows, two))
+        if not s.nonnegative:
+            np.testing.assert_array_equal(w, four[:, s.offset : s.offset + s.size].reshape(w.shape))
+            continue
+        top = v.max(axis=2, keepdims=True)
+        held = np.where(top < f32(1e-30), f32(0), w.max(axis=2, keepdims=True))
+        np.testing.assert_array_equal(w.max(axis=2, keepdims=True), held)
+        assert (((top <= held) & (held <= top * (1 + 2.0**-7 + 1e-6))) | (top < f32(1e-30))).all()
+        steps = np.divide(3 * w.astype(np.float64), held, out=np.zeros(w.shape), where=held > 0)
+        np.testing.assert_array_equal(steps, np.rint(steps))
+        order = v.argsort(axis=2, kind="stable")
+        assert (np.diff(np.take_along_axis(w, order, axis=2), axis=2) >= 0).all()
+
+
+def test_relu2_is_near_the_best_four_values() -> None:
+    """On ReLU(N(0, 1)) at most 1.6 times the squared error of the best four values, which Lloyd's steps find."""
+    rng = np.random.default_rng(0)
+    rows = np.zeros((50, LENET.width), np.float32)
+    for s in LENET.segments[:-1]:
+        rows[:, s.offset : s.offset + s.size] = np.maximum(rng.normal(size=(50, s.size)), 0)
+    v = np.concatenate([rows[:, s.offset : s.offset + s.size].ravel() for s in LENET.segments[:-1]]).astype(np.float64)
+    best = np.array([0, 0.5, 1, 2])
+    for _ in range(100):
+        nearest = np.abs(v[:, None] - best).argmin(axis=1)
+        best = np.array([v[nearest == i].mean() for i in range(4)])
+    back = codec("relu2").decode(codec("relu2").encode(rows, LENET), LENET)
+    assert ((back - rows) ** 2).sum() < 1.6 * ((v - best[nearest]) ** 2).sum()
 
 
 def test_unknown_codec() -> None:
     with pytest.raises(
-        UsageError, match=r"^codec must be one of fp32, fp16, int8, nf4, nf4-block64, relu4, not 'zip'$"
+        UsageError, match=r"^codec must be one of fp32, fp16, int8, nf4, nf4-block64, relu4, relu2, not 'zip'$"
     ):
         codec("zip")

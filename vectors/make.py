@@ -87,6 +87,9 @@ def cases(size: int, rng: np.random.Generator) -> dict[str, Floats]:
         ),
         "limits of binary16": np.resize(halves, size),
         "subnormals of binary16": 2.0**-15 * normal * rng.random(size),
+        "ties of 3 levels": np.resize(
+            [3, 0.5, 1.5, 2.5, 0.49999997, 1.4999999, 2.4999998, 0.50000006, 1.5000001, 2.5000002, -0.5], size
+        ),
     }
     return {name: np.asarray(value, np.float64).astype(np.float32) for name, value in values.items()}
 

@@ -23,6 +23,7 @@ int8         −127 … 127                                         channel or v
 nf4          NF4 of QLoRA (InstantFT §3.2)                      channel or vector         995
 nf4-block64  NF4                                                64 values of the record   1008
 relu4        0 … 15 after a ReLU, NF4 elsewhere, c in binary16  channel or vector         958
+relu2        0 … 3 after a ReLU, NF4 elsewhere, c in binary16   channel or vector         513
 ============ ================================================== ========================= ==================
 
 This file knows nothing about sample numbers or about where the bytes are kept.
@@ -104,6 +105,7 @@ class Grid:
         span: level of the largest value of a group.
         low, high: smallest and largest code.
         zero: code of level 0.
+        bits: of a code: 8, 4 or 2, so many to a byte, the first one low.
         table: True: codes number the NF4 levels; False: a code is its own level.
     """
 
@@ -111,6 +113,7 @@ class Grid:
     low: int
     high: int
     zero: int
+    bits: int
     table: bool = False
 
     @property
@@ -131,9 +134,10 @@ class Grid:
         return codes.view(np.int8).astype(np.float32)
 
 
-NF4 = Grid(span=1, low=0, high=15, zero=7, table=True)
-INT8 = Grid(span=127, low=-127, high=127, zero=0)
-UINT4 = Grid(span=15, low=0, high=15, zero=0)
+NF4 = Grid(span=1, low=0, high=15, zero=7, bits=4, table=True)
+INT8 = Grid(span=127, low=-127, high=127, zero=0, bits=8)
+UINT4 = Grid(span=15, low=0, high=15, zero=0, bits=4)
+UINT2 = Grid(span=3, low=0, high=3, zero=0, bits=2)
 
 
 @dataclass(frozen=True)
@@ -166,13 +170,12 @@ class _Plan:
 
 @dataclass(frozen=True)
 class Codec:
-    """One way to write records.
+    """One way to write records. The codes of every segment start at a byte of their own.
 
     Attributes:
         name: by which the command line and files know it.
         signed: grid of segments that may be negative; None where nothing is quantised.
         nonnegative: grid of segments after a ReLU.
-        bits: of a code; 8 or 4, two codes to a byte, the low one first, every segment from a byte of its own.
         scale: format of the scales.
         block: 0: a scale for every channel or vector; otherwise for so many values of the whole record, in order.
         halves: which segments are kept in binary16 behind the codes.
@@ -182,7 +185,6 @@ class Codec:
     name: str
     signed: Grid | None = None
     nonnegative: Grid | None = None
-    bits: int = 4
     scale: Literal["float32", "bfloat16"] = "float32"
     block: int = 0
     halves: Literal["none", "last", "all"] = "none"
@@ -231,7 +233,7 @@ class Codec:
             codes = part.grid.codes(v * inv[:, :, None])
             codes[empty] = part.grid.zero
             out[:, part.scales : part.scales + part.groups * scale_bytes] = _SCALES[self.scale].write(scale)
-            out[:, part.codes : part.codes + part.code_bytes] = self._pack(codes.reshape(T, part.stored))
+            out[:, part.codes : part.codes + part.code_bytes] = _pack(codes.reshape(T, part.stored), part.grid.bits)
         half = np.ascontiguousarray(np.clip(rows[:, plan.halves], -HALF_MAX, HALF_MAX), "<f2")
         out[:, plan.halves_at : plan.nbytes] = half.view(np.uint8)
         return out
@@ -260,7 +262,7 @@ class Codec:
         scale_bytes = _SCALES[self.scale].size
         for part in plan.parts:
             scale = _SCALES[self.scale].read(data[:, part.scales : part.scales + part.groups * scale_bytes])
-            codes = self._unpack(data[:, part.codes : part.codes + part.code_bytes], part.stored)
+            codes = _unpack(data[:, part.codes : part.codes + part.code_bytes], part.grid.bits, part.stored)
             v = part.grid.levels(codes).reshape(T, part.groups, part.stored // part.groups) * scale[:, :, None]
             rows[:, part.columns] = v.reshape(T, part.stored)[:, : part.size]
         half = np.ascontiguousarray(data[:, plan.halves_at : plan.nbytes]).view("<f2")
@@ -281,21 +283,28 @@ class Codec:
         zero = np.float32(0)
         return np.where(empty, zero, scale), np.where(empty, zero, inv), empty
 
-    def _pack(self, codes: Bytes) -> Bytes:
-        """(T, n) codes to bytes; an odd n gets a last nibble 0."""
-        if self.bits == 8:
-            return codes
-        if codes.shape[1] % 2:
-            codes = np.pad(codes, ((0, 0), (0, 1)))
-        return np.asarray(codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4)), np.uint8)
 
-    def _unpack(self, data: Bytes, n: int) -> Bytes:
-        if self.bits == 8:
-            return np.ascontiguousarray(data)
-        codes = np.empty((len(data), 2 * data.shape[1]), np.uint8)
-        codes[:, 0::2] = data & np.uint8(15)
-        codes[:, 1::2] = data >> np.uint8(4)
-        return np.ascontiguousarray(codes[:, :n])
+def _pack(codes: Bytes, bits: int) -> Bytes:
+    """(T, n) codes of so many bits to bytes, the first one low; what is left of the last byte is 0."""
+    if bits == 8:
+        return codes
+    each = 8 // bits
+    codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % each)))
+    packed: Bytes = codes[:, 0::each].copy()
+    for i in range(1, each):
+        packed |= codes[:, i::each] << np.uint8(bits * i)
+    return packed
+
+
+def _unpack(data: Bytes, bits: int, n: int) -> Bytes:
+    """The first n codes of each row."""
+    if bits == 8:
+        return np.ascontiguousarray(data)
+    each = 8 // bits
+    codes = np.empty((len(data), each * data.shape[1]), np.uint8)
+    for i in range(each):
+        codes[:, i::each] = (data >> np.uint8(bits * i)) & np.uint8(2**bits - 1)
+    return np.ascontiguousarray(codes[:, :n])
 
 
 @dataclass(frozen=True)
@@ -352,7 +361,7 @@ def _plan(c: Codec, record: RecordSpec) -> _Plan:
     codes = sum(groups for _, _, groups, _, _ in runs) * _SCALES[c.scale].size
     parts: list[_Part] = []
     for columns, size, groups, stored, grid in runs:
-        n = -(-stored * c.bits // 8)
+        n = -(-stored * grid.bits // 8)
         parts.append(_Part(columns, size, groups, stored, grid, scales, codes, n))
         scales += groups * _SCALES[c.scale].size
         codes += n
@@ -371,10 +380,11 @@ CODECS: dict[str, Codec] = {
     for c in (
         Codec("fp32", plain=True),
         Codec("fp16", halves="all"),
-        Codec("int8", signed=INT8, nonnegative=INT8, bits=8),
+        Codec("int8", signed=INT8, nonnegative=INT8),
         Codec("nf4", signed=NF4, nonnegative=NF4),
         Codec("nf4-block64", signed=NF4, nonnegative=NF4, block=64),
         Codec("relu4", signed=NF4, nonnegative=UINT4, scale="bfloat16", halves="last"),
+        Codec("relu2", signed=NF4, nonnegative=UINT2, scale="bfloat16", halves="last"),
     )
 }
 
