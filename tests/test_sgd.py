@@ -84,6 +84,26 @@ def test_seed_decides_the_result() -> None:
     assert not same(a, c)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "momentum"),
+    [
+        ("skip2-lora", {}, 0.8),
+        ("skip-lora", {}, 0.8),
+        ("skip2-lora", {"lr": 0.1}, 0),  # the papers' SGD
+        ("skip2-lora", {"momentum": 0.0}, 0),
+        ("skip2-lora", {"lr": 0.1, "momentum": 0.3}, 0.3),
+        ("lora-last", {}, 0),
+        ("ft-last", {}, 0),
+        ("ft-all", {}, 0),
+    ],
+)
+def test_momentum_goes_with_the_step_that_nobody_chose(name: str, settings: dict[str, float], momentum: float) -> None:
+    fitted = sgd.fit(REFERENCE, BASE, name, X, Y, epochs=2, **settings)  # type: ignore[arg-type]
+    assert fitted.adapter.config["momentum"] == momentum
+    again = sgd.fit(REFERENCE, BASE, name, X, Y, epochs=2, lr=fitted.adapter.config["lr"], momentum=momentum)
+    assert same(fitted.adapter.tensors, again.adapter.tensors)
+
+
 def test_how_epochs_are_cut_into_calls_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = sgd.fit(REFERENCE, BASE, "lora-all", X, Y, epochs=7)
     told: list[float] = []

@@ -10,7 +10,7 @@ from instantft.errors import DivergedError, UsageError
 from instantft.methods import METHODS
 from instantft.solvers import sgd
 from instantft.solvers.records import Records
-from instantft.solvers.step import LARGEST, default_lr, features, largest_eigenvalue
+from instantft.solvers.step import LARGEST, default_lr, default_momentum, features, largest_eigenvalue
 from tests import samples
 
 
@@ -40,11 +40,12 @@ def test_sgd_learns_with_it_whatever_the_scale(method: str, scale: float) -> Non
     x, y = samples.blobs(200)
     x = x * np.float32(scale)
     records = Records(engine, base, x, np.arange(200), None)
-    lr = default_lr(records, METHODS[method], rank=2)
-    assert 0 < lr <= LARGEST
-    fitted = sgd.fit(engine, base, method, x, y, rank=2, epochs=20, lr=lr)
-    assert np.isfinite(fitted.stats.loss).all()
-    assert fitted.stats.loss[-1] < fitted.stats.loss[0]
+    for momentum in (0.0, 0.8, 0.95):
+        lr = default_lr(records, METHODS[method], rank=2, momentum=momentum)
+        assert 0 < lr <= LARGEST
+        fitted = sgd.fit(engine, base, method, x, y, rank=2, epochs=20, lr=lr, momentum=momentum)
+        assert np.isfinite(fitted.stats.loss).all()
+        assert fitted.stats.loss[-1] < fitted.stats.loss[0]
 
 
 def test_where_thirty_times_more_diverges() -> None:
@@ -62,9 +63,18 @@ def test_where_thirty_times_more_diverges() -> None:
 
 def test_momentum_and_batch() -> None:
     x, _ = samples.blobs(100)
+    x *= np.float32(5)  # so that no step is LARGEST
     records = Records(get_engine("reference"), samples.base(), x, np.arange(100), None)
-    m = METHODS["skip2-lora"]
-    assert default_lr(records, m, momentum=0.9) == pytest.approx(0.1 * default_lr(records, m))
+    m, last = METHODS["skip2-lora"], METHODS["lora-last"]
+    assert default_lr(records, last, momentum=0.9) == pytest.approx(0.1 * default_lr(records, last))
+    assert default_lr(records, m, momentum=0.9) == pytest.approx(0.3 * default_lr(records, m))
+    assert default_lr(records, m, momentum=0.5) == default_lr(records, m)
+    assert [default_momentum(METHODS[n]) for n in ("skip-lora", "skip2-lora", "lora-last", "ft-last")] == [
+        0.8,
+        0.8,
+        0,
+        0,
+    ]
     assert default_lr(records, m, batch_size=1) < default_lr(records, m, batch_size=20)
     assert default_lr(records, m, batch_size=500) == default_lr(records, m, batch_size=100)
 

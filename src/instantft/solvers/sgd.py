@@ -33,7 +33,7 @@ from ..methods import method as row
 from ..spec import NetSpec
 from .dual import DualTrainer, Space, taps_in_dual
 from .records import Records
-from .step import default_lr
+from .step import default_lr, default_momentum
 
 __all__ = ["FitResult", "Progress", "Seconds", "check_arguments", "fit", "pretrain"]
 
@@ -93,7 +93,7 @@ def check_arguments(
     epochs: int = 1,
     batch_size: int = 1,
     lr: float | None = None,
-    momentum: float = 0.0,
+    momentum: float | None = 0.0,
     seed: int = 0,
     threads: int = 1,
 ) -> None:
@@ -112,6 +112,7 @@ def check_arguments(
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
             raise UsageError(f"{name} must be an integer from {low} to {high}, not {value!r:.60}")
     lr = 1.0 if lr is None else lr
+    momentum = 0.0 if momentum is None else momentum
     for name, number in (("lr", lr), ("momentum", momentum)):
         if isinstance(number, bool) or not isinstance(number, (int, float, np.integer, np.floating)):
             raise UsageError(f"{name} must be a number, not {number!r:.60}")
@@ -132,7 +133,7 @@ def fit(
     epochs: int = 10,
     batch_size: int = 20,
     lr: float | None = None,
-    momentum: float = 0.0,
+    momentum: float | None = None,
     seed: int = 0,
     threads: int = 1,
     store: Store | None = None,
@@ -153,7 +154,7 @@ def fit(
         y: (T,) int32 labels.
         rank: R of the adapters.
         epochs, batch_size, lr, momentum: of SGD. lr None: `step.default_lr` where the method leaves records valid, else
-            PAPERS_LR.
+            PAPERS_LR. momentum None: `step.default_momentum` with that lr, else 0.
         seed: decides the start of the adapters and the order of the samples, and so the whole result.
         threads: used for filling the cache.
         store: the forward cache; None: the frozen network runs in every step.
@@ -196,6 +197,8 @@ def fit(
             engine.fill(spec, base.tensors, x[rows], numbers[rows], store, threads)
     filled = time.perf_counter()
 
+    if momentum is None:
+        momentum = default_momentum(m) if lr is None else 0.0
     if lr is None:
         lr = PAPERS_LR
         if m.cacheable:

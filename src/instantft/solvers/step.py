@@ -6,9 +6,10 @@ features' second moment, and SGD with batches of B is stable up to
 
     lr < 4 / M,      M = (1 − 1/B)·λ_max(HᵀH / T) + max_i ‖h_i‖² / B,
 
-where the second term is what a batch may see that the average does not. λ_max comes from power iteration. Momentum μ
-moves further by 1/(1 − μ). A LoRA's features grow as A is trained too, so it gets a smaller share of the bound than a
-map that is linear for good (SHARE; docs/decisions/0006-default-step.md has the measurements).
+where the second term is what a batch may see that the average does not. λ_max comes from power iteration. A LoRA's
+features grow as A is trained too, so it gets a smaller share of the bound than a map that is linear for good (SHARE;
+docs/decisions/0006-default-step.md has the measurements). Momentum μ moves further by 1/(1 − μ), so the step shrinks by
+1 − μ; but it also averages the noise of batches, and skip adapters stand AVERAGED times that (0008-multinomial.md).
 
 T samples, B batch size, R rank.
 """
@@ -25,13 +26,19 @@ from ..errors import UsageError
 from ..methods import Method, connections
 from .records import Records, subset
 
-__all__ = ["default_lr", "features", "largest_eigenvalue"]
+__all__ = ["MOMENTUM", "default_lr", "default_momentum", "features", "largest_eigenvalue"]
 
 Array = NDArray[Any]
 Doubles = NDArray[np.float64]
 
 SHARE = {"linear": 2.0, "bilinear": 0.5}
 """lr·M: half and an eighth of the bound."""
+
+MOMENTUM = 0.8
+"""Of skip adapters, where neither step nor momentum is asked for."""
+
+AVERAGED = 3.0
+"""How much further than without momentum a skip adapter may move in all."""
 
 MOST = 1024
 """Samples that are looked at."""
@@ -80,6 +87,11 @@ def features(records: Records, method: Method, rank: int, seed: int) -> Doubles:
     return np.concatenate(parts, axis=1, dtype=np.float64)
 
 
+def default_momentum(method: Method) -> float:
+    """μ for a method whose step comes from `default_lr`: MOMENTUM for skip adapters, 0 where it was found to harm."""
+    return MOMENTUM if method.adapters == "skip" else 0.0
+
+
 def default_lr(
     records: Records, method: Method, *, rank: int = 4, batch_size: int = 20, momentum: float = 0.0, seed: int = 0
 ) -> float:
@@ -98,4 +110,5 @@ def default_lr(
     B = max(1, min(batch_size, len(records)))
     M = (1 - 1 / B) * largest_eigenvalue(H) + float(np.einsum("ij,ij->i", H, H).max()) / B
     share = SHARE["linear" if method.adapters == "none" else "bilinear"]
-    return min(share * (1 - momentum) / M, LARGEST) if M > 0 else LARGEST
+    further = AVERAGED if method.adapters == "skip" else 1.0
+    return min(share * min(1.0, further * (1 - momentum)) / M, LARGEST) if M > 0 else LARGEST
