@@ -64,6 +64,22 @@ def names(directory: Path) -> set[str]:
 FINETUNE = ("finetune", "base.safetensors", "--data", "ft.npz", "--engine", "reference", "--out")
 
 
+def test_steps_in_the_space_of_samples(here: Path, run: Run) -> None:
+    found = {}
+    for space in ("primal", "dual"):
+        status, _, err = run(*FINETUNE, space, "--method", "skip2-lora", "--space", space, "--force")
+        assert status == 0, err
+        found[space] = Adapter.load(space)
+    a, b = (found[space].tensors for space in ("primal", "dual"))
+    assert any((a[k] != b[k]).any() for k in a)  # else it was the same computation
+    for k in a:
+        np.testing.assert_allclose(a[k], b[k], atol=128 * 2.0**-24 * np.abs(a[k]).max())  # test_dual.ROUNDING
+    assert found["dual"].config["momentum"] == 0.8
+    status, out, err = run(*FINETUNE, "new", "--method", "ft-all", "--space", "dual")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "space 'dual' must go with" in err
+
+
 def test_the_main_job(here: Path, run: Run) -> None:
     status, out, err = run(*FINETUNE, "new", "--eval", "test.npz", "--json", "--history", "--epochs", 30)
     assert (status, err) == (0, "")

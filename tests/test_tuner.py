@@ -222,6 +222,9 @@ def test_nothing_fitted_yet() -> None:
         ({"engine": 5}, "engine must be the name of an engine or an engine, not 5"),
         ({"cache_capacity": np.int64(0)}, "cache_capacity must be at least 1 sample"),
         ({"cache_capacity": True}, "cache_capacity must be at least 1 sample"),
+        ({"space": "both"}, "space must be one of auto, primal, dual, not 'both'"),
+        ({"space": "dual", "method": "ft-last"}, "space 'dual' must go with .* not ft-last"),
+        ({"space": "dual", "method": "skip-ridge"}, "space 'dual' must go with .* not skip-ridge"),
     ],
 )
 def test_arguments_out_of_range(settings: dict[str, Any], words: str) -> None:
@@ -330,7 +333,12 @@ def test_an_adapter_from_a_file_can_be_used(tmp_path: Path) -> None:
 def test_auto_picks_what_the_arguments_leave_open() -> None:
     assert tuner(epochs=None).fit(X, Y).method_.name == "skip-ridge"
     assert tuner(epochs=None, rank=1).fit(X, Y).adapter.rank == 1
-    for settings in ({"epochs": 3}, {"epochs": None, "lr": 0.1}, {"epochs": None, "momentum": 0.5}):
+    for settings in (
+        {"epochs": 3},
+        {"epochs": None, "lr": 0.1},
+        {"epochs": None, "momentum": 0.0},
+        {"epochs": None, "space": "dual"},
+    ):
         t = tuner(**settings).fit(X, Y)
         assert t.method_.name == "skip2-lora"
         assert t.epochs_ == (3 if settings["epochs"] else t.epochs_) > 0

@@ -106,7 +106,6 @@ _engine_option = click.option("--engine", metavar="native|reference", help="Who 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 _threads_option = click.option("--threads", default=1, show_default=True, help="For running the frozen network.")
 _seed_option = click.option("--seed", default=0, show_default=True, help="Decides the whole result.")
-_momentum_option = click.option("--momentum", default=0.0, show_default=True, help="Of SGD, 0 to below 1.")
 _batch_option = click.option("--batch-size", default=20, show_default=True)
 _adapter_option = click.option("--adapter", metavar="DIR", help="Adapter to use with it. [default: none]")
 _history_option = click.option("--history", is_flag=True, help="Loss and accuracy of every epoch.")
@@ -169,7 +168,7 @@ def demo(out: str, seed: int, engine: str | None, as_json: bool) -> None:
 @click.option("--epochs", default=10, show_default=True)
 @click.option("--lr", default=0.1, show_default=True, help="Learning rate.")
 @_batch_option
-@_momentum_option
+@click.option("--momentum", default=0.0, show_default=True, help="Of SGD, 0 to below 1.")
 @_seed_option
 @_preprocessing_options("not done")
 @_history_option
@@ -281,7 +280,8 @@ def pretrain(
 @click.option("--epochs", type=int, help="Of SGD. [default: 10]")
 @_batch_option
 @click.option("--lr", type=float, help="Learning rate of SGD. [default: from the cache; without one 0.1]")
-@_momentum_option
+@click.option("--momentum", type=float, help="Of SGD, 0 to below 1. [default: 0; 0.8 for skip2-lora without --lr]")
+@click.option("--space", default="auto", show_default=True, help="Where SGD makes its steps: auto, primal or dual.")
 @click.option("--rank", type=int, help="Of the adapters. [default: 4; full for skip-ridge]")
 @click.option("--groups", metavar="KEY", help="Integers in --data: samples of a group are left out together.")
 @_seed_option
@@ -303,7 +303,8 @@ def finetune(
     epochs: int | None,
     batch_size: int,
     lr: float | None,
-    momentum: float,
+    momentum: float | None,
+    space: str,
     rank: int | None,
     groups: str | None,
     seed: int,
@@ -341,6 +342,7 @@ def finetune(
         threads=threads,
         engine=chosen,
         momentum=momentum,
+        space=space,
         cache_capacity=cache_capacity,
         cache_file=cache_file,
     )

@@ -27,6 +27,7 @@ from .errors import DataError, FileError, UsageError
 from .methods import METHODS, Method, method, own_rank
 from .solvers import sgd
 from .solvers.closed import Judged
+from .solvers.dual import check_space
 from .solvers.gate import Decision, gate
 from .solvers.holdout import best_epochs, hold_out
 from .solvers.ridge import MAX_SYSTEM, RidgeResult, fit_ridge
@@ -51,6 +52,7 @@ PARAMETERS = (
     "threads",
     "engine",
     "momentum",
+    "space",
     "cache_capacity",
     "cache_file",
     "forgetting",
@@ -86,15 +88,18 @@ class FineTuner:
     Args:
         base: the network, which is never changed.
         method: a row of `methods.METHODS` (ft-all, ft-last, ft-bias, ft-all-lora, lora-all, lora-last, skip-lora,
-            skip2-lora, skip-ridge), or "auto": skip-ridge, which needs no settings; skip2-lora where epochs, lr or
-            momentum are given, or where the system would be too large.
+            skip2-lora, skip-ridge), or "auto": skip-ridge, which needs no settings; skip2-lora where epochs, lr,
+            momentum or space are given, or where the system would be too large.
         solver: "ridge" (closed form) or "sgd" narrows what auto may pick; "auto": no preference.
         rank: R of the adapters; None: 4, for skip-ridge full rank.
         cache: codec of the forward cache (`cache.codecs.CODECS`), or "none"; None: fp32 for skip2-lora and skip-ridge,
             none for the others.
         epochs: of SGD; None: 10, under auto as many as a held-out block asks for.
         lr: of SGD; None: from the largest eigenvalue of the cached features (`solvers.step`), 0.1 without a cache.
-        batch_size, momentum: of SGD. skip-ridge makes no steps and has no use for any of them.
+        batch_size, momentum: of SGD; momentum None: 0.8 for skip-lora and skip2-lora where lr is None too, else 0.
+            skip-ridge makes no steps and has no use for any of them.
+        space: where SGD makes its steps: "primal", "dual" (on Gram matrices of the samples, `solvers.dual`), or "auto",
+            which takes the cheaper for each tap.
         seed: decides the whole result.
         threads: used for filling the cache and for prediction.
         engine: "native", "reference", or an engine; None: native where it was built.
@@ -131,7 +136,8 @@ class FineTuner:
         seed: int = 0,
         threads: int = 1,
         engine: str | Engine | None = None,
-        momentum: float = 0.0,
+        momentum: float | None = None,
+        space: str = AUTO,
         cache_capacity: int | None = None,
         cache_file: str | PathLike[str] | None = None,
         forgetting: float = 1.0,
@@ -149,6 +155,7 @@ class FineTuner:
         self.threads = threads
         self.engine = engine
         self.momentum = momentum
+        self.space = space
         self.cache_capacity = cache_capacity
         self.cache_file = cache_file
         self.forgetting = forgetting
@@ -445,6 +452,7 @@ class FineTuner:
             seed=self.seed,
             threads=self.threads,
         )
+        check_space(self.space, m)
         check_stream(self.forgetting, self.support)
         if self.cache not in (None, "none"):
             if not isinstance(self.cache, str):
@@ -473,7 +481,7 @@ class FineTuner:
         """
         if self.solver not in (AUTO, *CHOICES):
             raise UsageError(f"solver must be one of {AUTO}, {', '.join(CHOICES)}, not {self.solver!r:.60}")
-        steps = self.epochs is not None or self.lr is not None or self.momentum
+        steps = (self.epochs, self.lr, self.momentum, self.space) != (None, None, None, AUTO)
         if self.method != AUTO:
             m = method(self.method)
             if self.solver not in (AUTO, m.solver):
@@ -554,6 +562,7 @@ class FineTuner:
             "batch_size": self.batch_size,
             "lr": self.lr,
             "momentum": self.momentum,
+            "space": self.space,
             "seed": self.seed,
             "threads": self.threads,
         }

@@ -29,10 +29,24 @@ from ..errors import UsageError
 from ..methods import Method, connections
 from .records import Records
 
-__all__ = ["SPACES", "DualTrainer", "Space", "taps_in_dual"]
+__all__ = ["SPACES", "DualTrainer", "Space", "check_space", "taps_in_dual"]
 
 Space = Literal["primal", "dual", "auto"]
 SPACES: tuple[Space, ...] = ("auto", "primal", "dual")
+
+
+def check_space(space: str, method: Method) -> None:
+    """See that there is such a space, and that the method can be trained in it.
+
+    Raises:
+        UsageError: see `taps_in_dual`.
+    """
+    if space not in SPACES:
+        raise UsageError(f"space must be one of {', '.join(SPACES)}, not {space!r:.60}")
+    if space == "dual" and (method.solver != "sgd" or not method.rows_only):
+        raise UsageError(
+            f"space 'dual' must go with a method whose steps train only adapters to the output, not {method.name}"
+        )
 
 
 def taps_in_dual(
@@ -50,13 +64,8 @@ def taps_in_dual(
         UsageError: no such space; or "dual" with a method that trains more than adapters to the output, or with Gram
             matrices that are too large.
     """
-    if space not in SPACES:
-        raise UsageError(f"space must be one of {', '.join(SPACES)}, not {space!r:.60}")
+    check_space(space, method)
     if not method.rows_only:
-        if space == "dual":
-            raise UsageError(
-                f"space 'dual' must go with a method that trains only adapters to the output, not {method.name}"
-            )
         return ()
     used = [widths[i] for i, _ in connections(method, len(widths))]
     if space == "primal":
