@@ -78,15 +78,15 @@ def fit_temperature(scores: Array, y: Labels) -> Temperature:
     share = 1.0 / (T + 1)
     z -= z.max(axis=0)
     wanted = (1 - share) * float(z[y, np.arange(T)].mean()) + share * float(z.mean())
-    squares = z * z
+    squares, even = z * z, np.full(T, 1 / T)
     low, high = LOWEST / spread, HIGHEST / spread
     beta = min(max(1.0 / spread, low), high)
     for _ in range(STEPS):
         p = np.exp(beta * z)
-        total = p.sum(axis=0)
-        mean = np.einsum("ij,ij->j", p, z) / total
-        slope = float(mean.mean()) - wanted
-        curvature = float((np.einsum("ij,ij->j", p, squares) / total - mean * mean).mean())
+        each = even / p.sum(axis=0)
+        mean = np.einsum("ij,ij->j", p, z)
+        slope = float(mean @ each) - wanted
+        curvature = float((np.einsum("ij,ij->j", p, squares) - mean * mean * each * T) @ each)
         if slope > 0:
             high = beta
         else:

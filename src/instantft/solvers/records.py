@@ -99,7 +99,7 @@ class Records:
         if whole is None and (rows is None or len(rows) == len(self)):
             whole = self._products[key] = dense.gram(self._block(key, slice(0, len(self))), np.float32, threads)
         if whole is not None:
-            return whole if rows is None or len(rows) == len(self) else whole[np.ix_(rows, rows)]
+            return whole if rows is None or len(rows) == len(self) else whole[rows].take(rows, axis=1)
         assert rows is not None
         return dense.gram(self._block(key, rows), np.float32, threads)
 
