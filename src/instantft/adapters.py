@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import files
+from . import files, lift
 from .backbones.builtin import Network, check_values, read_spec
 from .errors import FileError, MismatchError, UsageError
 from .methods import METHODS, Method, connections, method, parameters, trainable
@@ -52,7 +52,8 @@ class Adapter:
         spec: shape of the network it belongs to.
         base_hash: `Network.hash` of that network.
         tensors: what was trained (``lora.I-J.A`` (N, R), ``lora.I-J.B`` (R, M), or changed weights), the running
-            statistics where batch norm was trained, and optionally ``output.gain`` (1,), ``output.bias`` (C,).
+            statistics where batch norm was trained, and optionally ``output.gain`` (1,), ``output.bias`` (C,), and the
+            four of `lift` where all adapters lead to the output.
         config: how it was trained (epochs, lr, seed, …), plain JSON values, for information.
 
     Raises:
@@ -69,6 +70,8 @@ class Adapter:
     def __post_init__(self) -> None:
         shapes = expected(method(self.method), self.spec, self.rank)
         optional = _output_shapes(self.spec)
+        if any(name.startswith("lift.") for name in self.tensors):
+            shapes |= _lift_shapes(method(self.method), self.spec, *_lift_size(self.tensors))
         for name in sorted(set(shapes) - set(self.tensors)):
             raise UsageError(f"an adapter of {self.method} must hold {name}, but it is missing")
         kept: dict[str, Floats] = {}
@@ -87,8 +90,14 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """Number of trainable parameters (InstantFT Table 1)."""
-        return parameters(method(self.method), self.spec, self.rank)
+        """Number of trainable parameters (InstantFT Table 1); of a lift, its coefficients."""
+        lifted = self.tensors["lift.coefficients"].size if lift.BASIS in self.tensors else 0
+        return parameters(method(self.method), self.spec, self.rank) + lifted
+
+    @property
+    def lift_cost(self) -> lift.LiftCost | None:
+        """What the lift adds to predicting one sample; None without one."""
+        return lift.cost(self.spec, *_lift_size(self.tensors)) if lift.BASIS in self.tensors else None
 
     def check_base(self, base: Network) -> None:
         """See that the adapter was made on `base`.
@@ -112,8 +121,10 @@ class Adapter:
             elif name.endswith(".B"):
                 tensors[name] = np.pad(value, ((0, int(full)), (0, 1)))
                 tensors[name][-1, -1] = float(full)
+            elif name == "lift.coefficients":
+                tensors[name] = np.pad(value, ((0, 0), (0, 1)))
             else:
-                tensors[name] = value if name == "output.gain" else np.pad(value, (0, 1))
+                tensors[name] = np.pad(value, (0, 1)) if name == "output.bias" else value
         return Adapter(self.method, self.rank + int(full), base.spec, base.hash, tensors, self.config)
 
     def save(self, directory: str | PathLike[str]) -> None:
@@ -133,6 +144,8 @@ class Adapter:
             "spec": json.dumps(self.spec.to_json()),
             "outputs": " ".join(k for k in self.tensors if k in _output_shapes(self.spec)),
         }
+        if lift.BASIS in self.tensors:
+            metadata["lift"] = " ".join(map(str, _lift_size(self.tensors)))
         data = files.encode_tensors(self.tensors, metadata)
         config = {
             "format": FORMAT,
@@ -209,6 +222,17 @@ class Adapter:
                 )
             described.append((name, rank, spec, base_hash))
             shapes = expected(METHODS[name], spec, rank)
+            if "lift" in metadata:
+                sizes = metadata["lift"].split(" ")
+                if len(sizes) != 2 or not all(n.isascii() and n.isdigit() and len(n) <= 6 for n in sizes):
+                    raise FileError(
+                        f"{what} must give directions and landmarks of its lift, but {tensor_path} has "
+                        f"{metadata['lift'][:40]!r}"
+                    )
+                try:
+                    shapes |= _lift_shapes(METHODS[name], spec, int(sizes[0]), int(sizes[1]))
+                except UsageError as e:
+                    raise FileError(f"{what} must hold usable tensors, but {tensor_path} does not: {e}") from None
             outputs = metadata.get("outputs", "")
             return shapes | {k: v for k, v in _output_shapes(spec).items() if k in outputs.split()}
 
@@ -289,6 +313,20 @@ def check_target(directory: str | PathLike[str]) -> None:
 
 def _output_shapes(spec: NetSpec) -> dict[str, tuple[int, ...]]:
     return {"output.gain": (1,), "output.bias": (spec.C,)}
+
+
+def _lift_size(tensors: Mapping[str, Floats]) -> tuple[int, int]:
+    """Directions and landmarks."""
+    for name in (lift.BASIS, "lift.landmarks"):
+        if name not in tensors or tensors[name].ndim != 2:
+            raise UsageError(f"an adapter with a lift must hold {name}, a matrix, but it is missing or none")
+    return tensors[lift.BASIS].shape[1], tensors["lift.landmarks"].shape[0]
+
+
+def _lift_shapes(m: Method, spec: NetSpec, directions: int, landmarks: int) -> dict[str, tuple[int, ...]]:
+    if m.adapters != "skip":
+        raise UsageError(f"a lift must go with adapters that all lead to the output, not with {m.name}")
+    return lift.shapes(spec, directions, landmarks)
 
 
 def _peft_type(name: str) -> str:

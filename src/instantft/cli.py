@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .backbones.builtin import Network
     from .data import Samples
     from .engine import Engine, EpochStats, Floats
+    from .lift import LiftCost
     from .spec import NetSpec
 
 __all__ = ["main", "run"]
@@ -283,6 +284,7 @@ def pretrain(
 @click.option("--momentum", type=float, help="Of SGD, 0 to below 1. [default: 0; 0.8 for skip2-lora without --lr]")
 @click.option("--space", default="auto", show_default=True, help="Where SGD makes its steps: auto, primal or dual.")
 @click.option("--rank", type=int, help="Of the adapters. [default: 4; full for skip-ridge]")
+@click.option("--lift", metavar="KIND", help="arccos or nystrom: a kernel of the taps, where that helps skip-ridge.")
 @click.option("--groups", metavar="KEY", help="Integers in --data: samples of a group are left out together.")
 @_seed_option
 @_threads_option
@@ -306,6 +308,7 @@ def finetune(
     momentum: float | None,
     space: str,
     rank: int | None,
+    lift: str | None,
     groups: str | None,
     seed: int,
     threads: int,
@@ -345,6 +348,7 @@ def finetune(
         space=space,
         cache_capacity=cache_capacity,
         cache_file=cache_file,
+        lift=lift,  # type: ignore[arg-type]  # whatever was typed; the tuner refuses what it does not know
     )
     check_target(out)
     means, stds = _preprocessing(network, mean, std)
@@ -398,6 +402,7 @@ def finetune(
             "gain": fitted.gain,
             "temperature": float(fitted.temperature),
             "space": fitted.space,
+            "lift": None if fitted.lift is None else _lift_cost(network.spec, adapter.lift_cost),
             "calibration_error": fitted.calibration_error,
         }
     began = time.perf_counter()
@@ -433,6 +438,14 @@ def finetune(
             f"chosen   λ {fitted.lam:.3g}, taps {' '.join(f'{w:g}' for w in fitted.weights)}; "
             f"calibration error {fitted.calibration_error:.1%}"
         )
+        if lift is not None:
+            cost = result["lift"]
+            click.echo(
+                f"lift     {lift}: a prediction takes {1 + cost['macs'] / cost['network_macs']:.2f}× the network's "
+                f"multiply-adds, {cost['bytes'] / 1000:,.1f} kB more"
+                if cost
+                else f"lift     {lift} does not help here, so there is none"
+            )
     if test:
         click.echo(f"accuracy {_percent(before)} → {_percent(result['accuracy_after'])} on {eval_path}")
     low, high = (f"{100 * end:+.1f}" for end in decision.interval)
@@ -572,8 +585,9 @@ def predict(
 @_json_option
 def inspect(path: str, rank: int | None, samples: int, as_json: bool) -> None:
     """Layers, taps, shapes, parameters, FLOPs, and bytes a sample in the cache."""
+    from . import lift
     from .adapters import Adapter
-    from .solvers import sgd
+    from .solvers import lifting, sgd
     from .tuner import load as load_base
 
     sgd.check_arguments(rank=1 if rank is None else rank)
@@ -591,12 +605,18 @@ def inspect(path: str, rank: int | None, samples: int, as_json: bool) -> None:
             "trainable_parameters": adapter.parameters,
             "tensors": {name: list(t.shape) for name, t in adapter.tensors.items()},
             "training": {name: value for name, value in adapter.config.items() if name != "seen"},
+            "lift": _lift_cost(spec, adapter.lift_cost),
         }
         rank = adapter.rank
     else:
         network = load_base(path)
         spec = network.spec
         result = {"kind": "base", "hash": network.hash, "mean": list(network.mean), "std": list(network.std)}
+        result["lifts"] = {
+            kind: _lift_cost(spec, lift.cost(spec, *lifting.size(kind, samples)))
+            for kind in lifting.LIFTS
+            if kind != "arccos" or samples <= lift.MAX_LANDMARKS
+        }
     result |= _described(spec, rank, samples)
     if as_json:
         return _print_json(result)
@@ -881,6 +901,41 @@ def _described(spec: NetSpec, rank: int | None, T: int) -> dict[str, Any]:
     }
 
 
+def _lift_cost(spec: NetSpec, c: LiftCost | None) -> dict[str, Any] | None:
+    """What a lift adds to the prediction of one sample, beside the network's own."""
+    from .cost import linear_macs, network_parameters
+
+    if c is None:
+        return None
+    return {
+        "directions": c.directions,
+        "landmarks": c.landmarks,
+        "macs": c.macs,
+        "bytes": c.bytes,
+        "network_macs": sum(linear_macs(spec)),
+        "network_bytes": 4 * network_parameters(spec),
+    }
+
+
+def _print_lifts(lifts: Mapping[str, dict[str, Any]]) -> None:
+    from .table import format_table
+
+    rows = [
+        (
+            name,
+            f"{c['directions']:,}",
+            f"{c['landmarks']:,}",
+            f"{c['macs']:,}",
+            f"{c['macs'] / c['network_macs']:.2f}×",
+            f"{c['bytes'] / 1000:,.1f} kB",
+            f"{c['bytes'] / c['network_bytes']:.2f}×",
+        )
+        for name, c in lifts.items()
+    ]
+    head = ("lift", "directions", "landmarks", "multiply-adds", "the network's", "tensors", "the network's")
+    click.echo(format_table(head, rows))
+
+
 def _print_inspection(path: str, r: dict[str, Any]) -> None:
     from .table import format_table
 
@@ -941,6 +996,14 @@ def _print_inspection(path: str, r: dict[str, Any]) -> None:
         f"\nskip-ridge solves one system ({solve['space']}) instead: {_flops(solve['flops'])} and "
         f"{solve['memory'] / 1e6:,.1f} MB for {solve['samples']:,} samples."
     )
+    if r.get("lift"):
+        click.echo("\nThe lift adds to every prediction, beside the network:")
+        _print_lifts({"": r["lift"]})
+    elif "lifts" in r:
+        click.echo(
+            f"\nA lift by {r['closed_form']['samples']:,} samples would add to every prediction, beside the network:"
+        )
+        _print_lifts(r["lifts"])
     click.echo(f"\nCache, {r['record_floats']:,} values a sample:")
     click.echo(format_table(("codec", "bytes"), [(k, f"{v:,}") for k, v in r["cache_bytes_per_sample"].items()]))
 

@@ -25,7 +25,7 @@ from .data import as_array, as_groups, as_labels, as_samples, warn_if_poor
 from .engine import Engine, Floats, forward, get_engine, parts
 from .errors import DataError, FileError, UsageError
 from .methods import METHODS, Method, method, own_rank
-from .solvers import sgd
+from .solvers import lifting, sgd
 from .solvers.closed import Judged
 from .solvers.dual import check_space
 from .solvers.gate import Decision, gate
@@ -57,6 +57,7 @@ PARAMETERS = (
     "cache_file",
     "forgetting",
     "support",
+    "lift",
 )
 
 AUTO = "auto"
@@ -107,6 +108,8 @@ class FineTuner:
         cache_file: where to keep the cache between runs; None: in memory. `fit` only.
         forgetting: of `partial_fit` by skip-ridge: the weight of a sample falls by this factor with each newer one.
         support: of the same: how many of the newest samples count; None: all.
+        lift: "arccos" or "nystrom" lets skip-ridge add a kernel of the taps where that helps, which makes prediction
+            dearer (`solvers.lifting`); `fit` only. None: linear.
 
     Attributes:
         adapter_: the adapter.
@@ -142,6 +145,7 @@ class FineTuner:
         cache_file: str | PathLike[str] | None = None,
         forgetting: float = 1.0,
         support: int | None = None,
+        lift: lifting.Kind | None = None,
     ) -> None:
         self.base = base
         self.method = method
@@ -160,6 +164,7 @@ class FineTuner:
         self.cache_file = cache_file
         self.forgetting = forgetting
         self.support = support
+        self.lift = lift
         self._check()
 
     # -- scikit-learn's habits ---------------------------------------------------------------------------------------
@@ -454,6 +459,13 @@ class FineTuner:
         )
         check_space(self.space, m)
         check_stream(self.forgetting, self.support)
+        if self.lift is not None:
+            if self.lift not in lifting.LIFTS:
+                raise UsageError(f"lift must be one of {', '.join(lifting.LIFTS)}, not {self.lift!r:.60}")
+            if m.solver != "ridge":
+                raise UsageError(f"lift must go with skip-ridge, not {m.name}")
+            if self.rank is not None and self.rank < self.base.spec.C:
+                raise UsageError(f"lift must go with full rank, {self.base.spec.C} or more, not {self.rank}")
         if self.cache not in (None, "none"):
             if not isinstance(self.cache, str):
                 raise UsageError(f"cache must be the name of a codec, not {self.cache!r:.60}")
@@ -606,11 +618,13 @@ class FineTuner:
         return fit_ridge(
             engine, self.base, samples.x, samples.y,
             store=store, numbers=samples.numbers, rank=self.rank, seed=self.seed, threads=self.threads,
-            groups=samples.groups, filling=filling,
+            groups=samples.groups, filling=filling, lift=self.lift,
         )  # fmt: skip
 
     def _update(self, samples: _Samples, next_number: int) -> None:
         """`partial_fit` in closed form."""
+        if self.lift is not None:
+            raise UsageError(f"lift must be left out where skip-ridge goes on, not {self.lift}: updates are linear")
         if self.rank is not None and self.rank < self.base.spec.C:
             raise UsageError(
                 f"rank must be left out where skip-ridge goes on, not {self.rank}: updates are of full rank"

@@ -6,6 +6,7 @@ method adds to it, by name:
     layers.K.weight  layers.K.bias  layers.K.bn.{weight,bias,running_mean,running_var}
     lora.I-J.A (N, R)   lora.I-J.B (R, M)     adapter from tap x^I to the output of layer J (J = I+1, or L)
     output.gain (1,)    output.bias (C,)      y = gain·c + Σ x^k·A_k·B_k + bias; 1 and 0 where absent
+    lift.*                                    adds a kernel of the taps (`lift`): for `forward` here, not for engines
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import lift
 from ..cache.store import Store
 from ..errors import EngineError, UsageError
 from ..methods import Method
@@ -169,11 +171,16 @@ def parts(T: int, progress: Progress | None = None) -> Iterator[slice]:
 def forward(
     engine: Engine, spec: NetSpec, tensors: Tensors, x: Floats, threads: int = 1, progress: Progress | None = None
 ) -> Floats:
-    """`Engine.forward` in parts: the same logits, with memory that does not grow with T, and progress.
+    """`Engine.forward` in parts: the same logits, with memory that does not grow with T, and progress; and with a lift.
 
     Args:
         progress: told how many samples are done; the others as in `Engine.forward`.
     """
+    if lift.BASIS in tensors:
+        logits = np.empty((len(x), spec.C), np.float32)
+        for rows in parts(len(x), progress):
+            logits[rows] = lift.logits(spec, tensors, x[rows], engine.records(spec, tensors, x[rows], threads))
+        return logits
     if len(x) <= PART and progress is None:
         return engine.forward(spec, tensors, x, threads)
     logits = np.empty((len(x), spec.C), np.float32)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..cache.store import Store
 from ..errors import EngineError, UsageError
+from ..lift import check_none
 from ..methods import Method, connections, layer_types
 from ..spec import NetSpec, pad
 from . import EpochStats, Floats, Tensors
@@ -291,6 +292,7 @@ class NativeEngine:
 
     def forward(self, spec: NetSpec, tensors: Tensors, x: Floats, threads: int = 1) -> Floats:
         """Logits (T, C); see Engine.forward."""
+        check_none(tensors)
         adapters = _adapters_of(tensors)
         layered = any(j < spec.L for _, j in adapters)
         rank = max((tensors[f"lora.{i}-{j}.A"].shape[1] for i, j in adapters), default=0)

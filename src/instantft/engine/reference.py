@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..cache.store import Store
 from ..errors import UsageError
+from ..lift import check_none
 from ..methods import Method, connections, layer_types, trainable
 from ..spec import NetSpec
 from . import EpochStats, Floats, Tensors
@@ -41,6 +42,7 @@ class ReferenceEngine:
 
     def forward(self, spec: NetSpec, tensors: Tensors, x: Floats, threads: int = 1) -> Floats:
         """Logits (T, C) of samples x (T, N), with whatever adapters are present; see `Engine.forward`."""
+        check_none(tensors)
         pairs = _present(tensors, spec)
         out = np.empty((len(x), spec.C), np.float32)
         for rows in _chunks(len(x)):

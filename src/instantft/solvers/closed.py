@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from .factor import DType, Factor, Rows, blocks_of, inverse_factor, precision, primal_left_out, runs
+from .lifting import Lifting, Map
 from .lowrank import FeatureSpace, Pair, SampleSpace, reduce_rank
 from .records import CHUNK, STRIP, Records, subset
 from .taps import Choice, shrinkage
@@ -77,15 +78,24 @@ class Fitted:
         bias: (C,).
         alone: (n, C), scores of judged samples that were left out one at a time.
         blocked: (n, C), scores of judged samples that were left out with their block.
+        lift: the lifted part, if there is one.
     """
 
     pairs: dict[int, Pair]
     bias: Doubles
     alone: Doubles
     blocked: Doubles
+    lift: Map | None = None
 
 
-def dual(records: Records, Y: Doubles, choice: Choice, judge: Judged, rank: int | None = None) -> Fitted:
+def dual(
+    records: Records,
+    Y: Doubles,
+    choice: Choice,
+    judge: Judged,
+    rank: int | None = None,
+    lifting: Lifting | None = None,
+) -> Fitted:
     """Solve in the space of samples.
 
     Args:
@@ -93,7 +103,8 @@ def dual(records: Records, Y: Doubles, choice: Choice, judge: Judged, rank: int 
         Y: (T, C) one-hot targets.
         choice: λ, weights, scale and limit.
         judge: which samples to score.
-        rank: R; None, or C and more: full rank, B_k = I.
+        rank: R; None, or C and more: full rank, B_k = I. Only without a lift.
+        lifting: adds its share of the kernel to the system.
 
     Raises:
         DataError: records that cannot be squared.
@@ -113,6 +124,9 @@ def dual(records: Records, Y: Doubles, choice: Choice, judge: Judged, rank: int 
         else:
             G[at] *= (s * c)[rows, None].astype(dtype) * (s * c)[: rows.stop].astype(dtype)
             G[at] += c[rows, None].astype(dtype) * c[: rows.stop].astype(dtype)
+    if lifting is not None:
+        u = lifting.project(records.taps(slice(0, len(records))))
+        G += c[:, None].astype(dtype) * c.astype(dtype) * lifting.gram(u, dtype)
     G[np.diag_indices_from(G)] += dtype(choice.lam)
     factor = Factor(G, records.dense)
     targets = c[:, None] * Y
@@ -135,47 +149,63 @@ def dual(records: Records, Y: Doubles, choice: Choice, judge: Judged, rank: int 
         for k, (A, B) in pairs.items():
             change += (X[k] @ A) @ B - X[k] @ W[k]
         alone, blocked, bias = alone + change, blocked + change, reduced
-    return Fitted({k: (roots[k] * A, B) for k, (A, B) in pairs.items()}, bias, alone[judge.rows], blocked[judge.rows])
+    lifted = None if lifting is None else lifting.of_samples(u, weighted)
+    pairs = {k: (roots[k] * A, B) for k, (A, B) in pairs.items()}
+    return Fitted(pairs, bias, alone[judge.rows], blocked[judge.rows], lifted)
 
 
 class _Features:
-    """Z (n, D+1), scaled and clipped, with its targets, for any samples.
+    """Z (n, D+1), scaled and clipped, with its targets, for any samples; the features of a lift count in D.
 
     Attributes:
+        lifted: columns of the lift.
         places: columns of each tap in use.
         stretch: (D,), what the features are multiplied by before clipping.
         dense: who factorises.
     """
 
-    def __init__(self, records: Records, Y: Doubles, choice: Choice) -> None:
+    def __init__(self, records: Records, Y: Doubles, choice: Choice, lifting: Lifting | None) -> None:
         used = [k for k, w in enumerate(choice.weights) if w > 0]
         cuts = np.cumsum([0, *(records.spec.tap_widths[k] for k in used)]).tolist()
         self.places = {k: slice(a, b) for k, (a, b) in zip(used, itertools.pairwise(cuts), strict=True)}
-        self.D: int = cuts[-1]
-        self.stretch = np.empty(self.D)
+        self._linear = cuts[-1]
+        self.D: int = cuts[-1] + (0 if lifting is None else lifting.width)
+        self.lifted = slice(self._linear, self.D)
+        self.stretch = np.empty(self._linear)
         for k, at in self.places.items():
             self.stretch[at] = choice.scale * np.sqrt(choice.weights[k])
         self.dense = records.dense
         self._records, self._Y, self._limit = records, Y, choice.limit * choice.scale
+        self._lifting = lifting
 
     def __call__(self, which: slice | Rows, dtype: DType) -> tuple[Array, Array]:
         parts = self._records.taps(which)
         Z = np.ones((len(parts[0]), self.D + 1), dtype)
-        np.concatenate([parts[k] for k in self.places], axis=1, out=Z[:, : self.D])
-        Z[:, : self.D] *= self.stretch.astype(dtype)
+        taps = Z[:, : self._linear]
+        np.concatenate([parts[k] for k in self.places], axis=1, out=taps)
+        taps *= self.stretch.astype(dtype)
         with np.errstate(over="ignore", invalid="ignore"):
-            norms = np.sqrt(np.einsum("ij,ij->i", Z[:, : self.D], Z[:, : self.D]))
+            norms = np.sqrt(np.einsum("ij,ij->i", taps, taps))
         if not np.isfinite(norms).all():
             raise DataError(TOO_LARGE)
+        if self._lifting is not None:
+            Z[:, self.lifted] = self._lifting.features(self._lifting.project(parts))
         c = shrinkage(norms, self._limit)[:, None]
         if (c < 1).any():
             Z *= c.astype(dtype)
         return Z, (c * self._Y[which]).astype(dtype)
 
 
-def primal(records: Records, Y: Doubles, choice: Choice, judge: Judged, rank: int | None = None) -> Fitted:
+def primal(
+    records: Records,
+    Y: Doubles,
+    choice: Choice,
+    judge: Judged,
+    rank: int | None = None,
+    lifting: Lifting | None = None,
+) -> Fitted:
     """Solve in the space of features; arguments as for `dual`, but no more than CHUNK records are needed at a time."""
-    T, C, features = len(records), Y.shape[1], _Features(records, Y, choice)
+    T, C, features = len(records), Y.shape[1], _Features(records, Y, choice, lifting)
     dtype = precision(np.sqrt(T * min(T, CHUNK)), choice.lam)  # float32 only within a chunk, float64 between them
     A, R = np.zeros((features.D + 1, features.D + 1)), np.zeros((features.D + 1, C))
     for rows in records.chunks():
@@ -208,7 +238,8 @@ def primal(records: Records, Y: Doubles, choice: Choice, judge: Judged, rank: in
                 inside = [np.searchsorted(at, block) for block in places]
                 blocked[some] = targets - primal_left_out(Z, residuals, V, inside) + change
     pairs = {k: (features.stretch[features.places[k]][:, None] * P, Q) for k, (P, Q) in pairs.items()}
-    return Fitted(pairs, final[-1], alone, blocked)
+    lifted = None if lifting is None else lifting.of_features(W[features.lifted])
+    return Fitted(pairs, final[-1], alone, blocked, lifted)
 
 
 def _together(blocks: list[Rows]) -> Iterator[list[Rows]]:

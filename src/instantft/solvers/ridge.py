@@ -11,6 +11,8 @@ the taps (`taps.choose`) are found on a few hundred samples by exact leave-one-o
 the frozen output (`calibration`) on scores of left-out samples. What comes out is an adapter of the general form
 y = gain·c + Σ x^k·A_k·B_k + bias, with A_k·B_k = β·W_k, so that evaluation, prediction and export have no second path.
 
+With a lift (`lifting`) the kernel of the taps is added to K, or its landmarks to Z, and all else stays the same.
+
 This file says what is solved; `taps` chooses, `closed` solves, `gate` judges.
 T samples, L taps, N_k their widths, D = ΣN_k, C outputs.
 """
@@ -31,7 +33,7 @@ from ..cache.store import Store
 from ..engine import Engine, Floats, Progress, parts
 from ..errors import DataError, UsageError
 from ..spec import NetSpec
-from . import closed
+from . import closed, lifting
 from . import taps as selection
 from .calibration import Temperature, expected_calibration_error, fit_mixture, fit_temperature, log_loss, softmax
 from .factor import Rows, blocks_of
@@ -69,6 +71,7 @@ class RidgeResult:
         temperature: β, folded into the adapter.
         gain: of the frozen network's output; 0 where it does not help.
         space: which system was solved.
+        lift: which lift the adapter has; None: none was asked for, or it would not help.
         rows: (n,) rows of x.
         labels: (n,) their labels.
         blocks: places in `rows` that were left out together: runs of consecutive samples, or the groups.
@@ -83,6 +86,7 @@ class RidgeResult:
     temperature: Temperature
     gain: float
     space: Literal["dual", "primal"]
+    lift: lifting.Kind | None
     rows: Rows = field(repr=False)
     labels: NDArray[np.int32] = field(repr=False)
     blocks: list[Rows] = field(repr=False)
@@ -156,6 +160,7 @@ def fit_ridge(
     threads: int = 1,
     groups: Array | None = None,
     taps: Literal["auto", "all"] | Sequence[int] = "auto",
+    lift: lifting.Kind | None = None,
     filling: Progress | None = None,
 ) -> RidgeResult:
     """Adapt `base` to labelled samples in closed form.
@@ -174,6 +179,8 @@ def fit_ridge(
             taps. Give them where samples resemble others: one group a recording, a person, a stretch of time.
         filling: told how many samples have gone through the frozen network.
         taps: "auto": weighted by leave-one-out (`taps.choose`); "all": equal weights; or the taps to use, equally.
+        lift: "arccos": every sample a landmark, 4,096 at most; "nystrom": 256 landmarks; taken only where left-out
+            samples are better off with it (`RidgeResult.lift`). None: linear.
 
     Returns:
         The adapter, λ, weights, temperature and left-out scores.
@@ -185,6 +192,8 @@ def fit_ridge(
     spec, T = base.spec, len(x)
     check_arguments(seed=seed, threads=threads, rank=1 if rank is None else rank)
     groups = _check(spec, x, y, groups)
+    if lift is not None and rank is not None and rank < spec.C:
+        raise UsageError(f"a lift must go with full rank, {spec.C} or more, not {rank}")
     if numbers is None:
         numbers = np.arange(T, dtype=np.int64)
     D = sum(spec.tap_widths)
@@ -200,19 +209,23 @@ def fit_ridge(
             engine.fill(spec, base.tensors, x[rows], numbers[rows], store, threads)
         store.hits += T  # every record is looked at once
     records = Records(engine, base, x, numbers, store, threads)
-    space: Literal["dual", "primal"] = "dual" if T <= D else "primal"
+    space: Literal["dual", "primal"] = "dual" if T <= D or lift == "arccos" else "primal"
     if space == "dual" or T * spec.record.width <= MAX_SYSTEM * CHUNK:
         records.keep()
     filled = time.perf_counter()
 
     choice = _choose(records, y, groups, seed, taps)
     Y = np.eye(spec.C)[y]
+    found = None
+    if lift is not None:
+        found, lam = lifting.choose(records, Y, choice, lift, seed, groups, subset(T, FEW, seed)[0])
+        choice, lift = replace(choice, lam=lam), None if found is None else lift
     if space == "dual":
         judge = closed.judged(T, groups, T, seed)
-        fitted = closed.dual(records, Y, choice, judge, rank)
+        fitted = closed.dual(records, Y, choice, judge, rank, found)
     else:
         judge = closed.judged(T, groups, closed.SCORED, seed)
-        fitted = closed.primal(records, Y, choice, judge, rank)
+        fitted = closed.primal(records, Y, choice, judge, rank, found)
     labels, frozen = y[judge.rows], records.frozen(judge.rows)
     beta, gain = _logits(fitted.blocked, frozen, labels, judge.blocks)
     R = spec.C if rank is None else int(rank)
@@ -223,11 +236,14 @@ def fit_ridge(
         "temperature": float(beta),
         "gain": gain,
         "space": space,
+        "lift": lift,
         "seed": int(seed),
         "cache": None if store is None else store.codec.name,
         "engine": engine.name,
     }
     tensors = adapter_tensors(spec, fitted.pairs, fitted.bias, float(beta), gain, R)
+    if fitted.lift is not None:
+        tensors |= fitted.lift.tensors(float(beta))
     adapter = Adapter(METHOD, R, spec, base.hash, tensors, config)
     done = time.perf_counter()
     return RidgeResult(
@@ -237,6 +253,7 @@ def fit_ridge(
         beta,
         gain,
         space,
+        lift,
         judge.rows,
         labels,
         judge.blocks,
