@@ -26,6 +26,14 @@ def blobs(T: int = 60, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.i
     return x, y
 
 
+def shells(T: int = 400, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Two classes in six dimensions that differ in length only, which no linear map can tell."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(T, 6)), rng.integers(0, 2, T).astype(np.int32)
+    x *= ((1 + 2 * y) / np.linalg.norm(x, axis=1))[:, None]
+    return x.astype(np.float32), y
+
+
 def base(spec: NetSpec = SPEC, seed: int = 0) -> Network:
     return Network.init(spec, seed)
 

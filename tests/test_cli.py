@@ -759,3 +759,58 @@ def test_groups_come_from_the_file(here: Path, run: Run) -> None:
     status, _, err = run(*command, "recording")
     assert status == 2
     assert "lacks recording" in err
+
+
+def test_lift(here: Path, run: Run) -> None:
+    x, y = samples.shells()
+    np.savez("shells.npz", x=x, y=y)
+    new, labels = samples.shells(300, seed=1)
+    np.savez("more.npz", x=new, y=labels)
+    command = ("finetune", "base.safetensors", "--data", "shells.npz", "--eval", "more.npz", "--out")
+    status, out, err = run(*command, "lifted", "--lift", "nystrom", "--json", "--engine", "reference")
+    assert (status, err) == (0, "")
+    got = json.loads(out)
+    assert got["accepted"]
+    assert got["accuracy_after"] > 0.95
+    D, P, m, macs = 6 + 5 + 5, got["lift"]["directions"], 256, 6 * 5 + 5 * 5 + 5 * 3
+    assert got["lift"] == {
+        "directions": P,
+        "landmarks": m,
+        "macs": D * P + m * P + m * 3,
+        "bytes": 4 * (D * P + P + m * P + m * 3),
+        "network_macs": macs,
+        "network_bytes": 4 * (macs + 5 + 5 + 3 + 20),
+    }
+    assert 1 <= P <= D
+    judged = json.loads(run("evaluate", "base.safetensors", "--adapter", "lifted", "--data", "more.npz", "--json")[1])
+    assert judged["accuracy"] == got["accuracy_after"]
+    assert run("predict", "base.safetensors", "--adapter", "lifted", "--data", "more.npz", "--out", "p.npz")[0] == 0
+    with np.load("p.npz") as z:
+        assert (z["label"] == labels).mean() == got["accuracy_after"]
+
+    assert json.loads(run("inspect", "lifted", "--json")[1])["lift"] == got["lift"]
+    text = run("inspect", "lifted")[1]
+    assert f"{got['lift']['macs']:,}" in text
+    assert f"{got['lift']['macs'] / macs:.2f}×" in text
+    assert json.loads(run("inspect", "adapter", "--json")[1])["lift"] is None
+    forecast = json.loads(run("inspect", "base.safetensors", "--samples", 100, "--json")[1])["lifts"]
+    assert forecast["arccos"]["landmarks"] == forecast["nystrom"]["landmarks"] == 100
+    assert set(json.loads(run("inspect", "base.safetensors", "--samples", 9999, "--json")[1])["lifts"]) == {"nystrom"}
+    assert "arccos" in run("inspect", "base.safetensors")[1]
+
+
+def test_a_lift_is_printed_or_left_out(here: Path, run: Run) -> None:
+    x, y = samples.shells()
+    np.savez("shells.npz", x=x, y=y)
+    text = run("finetune", "base.safetensors", "--data", "shells.npz", "--out", "lifted", "--lift", "arccos")[1]
+    assert "lift     arccos: a prediction takes " in text
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 6)).astype(np.float32)
+    np.savez("linear.npz", x=x, y=(x @ rng.normal(size=(6, 3))).argmax(axis=1))
+    command = ("finetune", "base.safetensors", "--data", "linear.npz", "--out", "linear", "--lift", "arccos")
+    assert "lift     arccos does not help here, so there is none" in run(*command)[1]
+    assert json.loads(run(*command, "--json")[1])["lift"] is None
+    assert "lift.basis" not in Adapter.load("linear").tensors
+    status, _, err = run(*command, "--method", "ft-all")
+    assert status == 2
+    assert "lift must go with skip-ridge, not ft-all" in err

@@ -269,19 +269,9 @@ def test_the_basis_is_orthonormal_and_the_centre_is_at_zero() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_learns_what_no_linear_map_can(kind: lifting.Kind) -> None:
-    """A shell inside another: any linear score of it is a coin toss; the kernel sees lengths."""
-    engine = get_engine()
-    base = samples.base(NetSpec((8,), samples.SPEC.layers))
-
-    def drawn(T: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        rng = np.random.default_rng(seed)
-        x = rng.normal(size=(T, 8))
-        y = rng.integers(0, 2, T).astype(np.int32)
-        x *= ((1 + 2 * y) / np.linalg.norm(x, axis=1))[:, None]
-        return x.astype(np.float32), y
-
-    x, y = drawn(400, 0)
-    new, labels = drawn(500, 1)
+    engine, base = get_engine(), samples.base()
+    x, y = samples.shells()
+    new, labels = samples.shells(500, seed=1)
     result = fit_ridge(engine, base, x, y, lift=kind, taps=(0,))
     linear = fit_ridge(engine, base, x, y, taps=(0,))
     assert (predicted(engine, base, linear, new).argmax(axis=1) == labels).mean() < 0.65

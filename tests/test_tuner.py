@@ -446,3 +446,33 @@ def test_settings_of_a_stream() -> None:
     rows = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
     t = tuner(epochs=None, forgetting=0.8).partial_fit(rows, old)
     assert (t.partial_fit(rows + 1e-3, new).predict(rows) == 1).all()
+
+
+# -- a lift ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["arccos", "nystrom"])
+def test_lift(tmp_path: Path, kind: str) -> None:
+    x, y = samples.shells()
+    new, labels = samples.shells(300, seed=1)
+    t = FineTuner(BASE, engine="reference", lift=kind).fit(x, y)
+    assert t.score(new, labels) > 0.95
+    assert t.judge().accepted
+    t.adapter.save(tmp_path / "a")
+    again = FineTuner(BASE, engine="reference").use(Adapter.load(tmp_path / "a", BASE))
+    np.testing.assert_array_equal(again.decision_function(new), t.decision_function(new))
+    with pytest.raises(UsageError, match=f"lift must be left out where skip-ridge goes on, not {kind}"):
+        t.partial_fit(x, y)
+    t.set_params(lift=None).fit(x, y)
+    assert "lift.basis" not in t.adapter.tensors
+
+
+def test_lift_must_fit_the_method() -> None:
+    for settings, words in (
+        ({"lift": "rbf"}, "lift must be one of arccos, nystrom, not 'rbf'"),
+        ({"lift": "arccos", "method": "skip2-lora"}, "lift must go with skip-ridge, not skip2-lora"),
+        ({"lift": "arccos", "epochs": 5}, "lift must go with skip-ridge, not skip2-lora"),
+        ({"lift": "arccos", "rank": 2}, "lift must go with full rank, 3 or more, not 2"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            FineTuner(BASE, **settings)

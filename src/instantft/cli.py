@@ -348,7 +348,7 @@ def finetune(
         space=space,
         cache_capacity=cache_capacity,
         cache_file=cache_file,
-        lift=lift,  # type: ignore[arg-type]  # whatever was typed; the tuner refuses what it does not know
+        lift=lift,
     )
     check_target(out)
     means, stds = _preprocessing(network, mean, std)

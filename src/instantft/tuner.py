@@ -145,7 +145,7 @@ class FineTuner:
         cache_file: str | PathLike[str] | None = None,
         forgetting: float = 1.0,
         support: int | None = None,
-        lift: lifting.Kind | None = None,
+        lift: str | None = None,
     ) -> None:
         self.base = base
         self.method = method
@@ -618,7 +618,8 @@ class FineTuner:
         return fit_ridge(
             engine, self.base, samples.x, samples.y,
             store=store, numbers=samples.numbers, rank=self.rank, seed=self.seed, threads=self.threads,
-            groups=samples.groups, filling=filling, lift=self.lift,
+            groups=samples.groups, filling=filling,
+            lift=self.lift,  # type: ignore[arg-type]  # _check has seen it
         )  # fmt: skip
 
     def _update(self, samples: _Samples, next_number: int) -> None:
