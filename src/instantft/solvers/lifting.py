@@ -204,12 +204,13 @@ def choose(
         UsageError: see `find`.
     """
     found = find(records, choice, kind, seed)
-    lam, _ = taps.best_lambda(_system(records, choice, few, found), Y[few], choice.lam)
+    lam, _ = taps.best_lambda(_system(records, _gram(records, choice.weights, few), few, found), Y[few], choice.lam)
     rows, blocks = subset(len(records), SAMPLES, seed)
     if groups is not None:
         blocks = blocks_of(groups[rows])
+    G = _gram(records, choice.weights, rows)
     before, after = (
-        _loss(_system(records, choice, rows, lifting), Y[rows], at, blocks)
+        _loss(_system(records, G, rows, lifting), Y[rows], at, blocks)
         for lifting, at in ((None, choice.lam), (found, lam))
     )
     return (found, lam) if _helps(before, after) else (None, choice.lam)
@@ -220,11 +221,11 @@ def _helps(before: float, after: float) -> bool:
     return after < before
 
 
-def _system(records: Records, choice: Choice, rows: Rows, lifting: Lifting | None) -> System:
-    """What is solved, for some samples."""
-    made = system([_gram(records, choice.weights, rows)], (1.0,), records.dense)
+def _system(records: Records, G: Doubles, rows: Rows, lifting: Lifting | None) -> System:
+    """What is solved, for some samples of Gram matrix G."""
+    made = system([G], (1.0,), records.dense)
     if lifting is not None:
-        made.K[...] += made.c[:, None] * made.c * lifting.gram(lifting.project(records.taps(rows)), np.float64)
+        made.K[...] += made.c[:, None] * made.c * lifting.gram(lifting.project(records.taps(rows)), np.float32)
     return made
 
 
@@ -242,7 +243,9 @@ def _gram(records: Records, weights: Sequence[float], rows: Rows) -> Doubles:
     G = np.zeros((len(rows), len(rows)))
     for part in parts:
         if part[0] < len(weights) and weights[part[0]]:
-            G += weights[part[0]] * records.product(part, rows)
+            G += weights[part[0]] * records.triangle(part, rows)
+    G = np.tril(G)
+    G += np.tril(G, -1).T
     return G
 
 
