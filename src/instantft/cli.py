@@ -394,7 +394,7 @@ def finetune(
     }
     adapter = tuner.adapter
     if isinstance(fitted, FitResult):
-        result["lr"] = adapter.config["lr"]
+        result |= {"lr": adapter.config["lr"], "momentum": adapter.config["momentum"]}
     else:
         result |= {
             "lambda": fitted.lam,
