@@ -47,6 +47,25 @@ def close(a: np.ndarray, b: np.ndarray, tolerance: float) -> None:
     assert np.abs(a - b).max() <= tolerance * max(float(np.abs(b).max()), 1e-6)
 
 
+def test_threads_change_no_bit(engine: Engine) -> None:
+    """BLAS apart, which is the reference's affair, whoever does the sums."""
+    base = network(NETS["lenet5"])
+    x, y = samples_for(base.spec, 150)
+    one, three = (fit_ridge(engine, base, x, y, threads=threads).adapter.tensors for threads in (1, 3))
+    for name, value in one.items():
+        np.testing.assert_array_equal(three[name], value, err_msg=name)
+
+
+def test_engines_agree(engine: Engine) -> None:
+    """λ, weights and logits are those of the reference; rounding moves λ, and that moves logits more than SAME."""
+    base, reference = network(NETS["lenet5"]), get_engine("reference")
+    x, y = samples_for(base.spec, 150)
+    mine, theirs = fit_ridge(engine, base, x, y), fit_ridge(reference, base, x, y)
+    assert mine.weights == theirs.weights
+    assert mine.lam == pytest.approx(theirs.lam, rel=1e-3)
+    close(predicted(reference, base, mine, x), predicted(reference, base, theirs, x), 10 * SAME)
+
+
 @pytest.mark.parametrize("net", ["dnn", "odd"])
 @pytest.mark.parametrize("chosen", ["auto", "all", (0,), (0, 2)])
 def test_adapter_is_what_the_equations_say(engine: Engine, net: str, chosen: str | tuple[int, ...]) -> None:
