@@ -142,6 +142,23 @@ def test_gain_and_bias_of_the_output_count(engine: Engine) -> None:
     assert units(other.tensors(), primal.tensors()) <= ROUNDING
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_learning_rate_by_epoch(engine: Engine, momentum: float) -> None:
+    """A velocity does not remember the learning rate, here as there."""
+    base = network("wide")
+    x, y = samples_for(base.spec, 30)
+    numbers, m = np.arange(30), method("skip-lora")
+    added = initial(m, base.spec, 4, 0)
+    order = sgd._orders(np.random.default_rng(0), 3, 30)
+    settings: Any = {"batch_size": 8, "lr": LR, "momentum": momentum}
+    primal = engine.trainer(base.spec, {**base.tensors, **added}, m, 4, x, y, numbers=numbers, store=None, **settings)
+    other = dual.DualTrainer(Records(engine, base, x, numbers, None), y, added, m, (True, True, False), **settings)
+    for e, lr in enumerate((LR, LR / 3, LR / 10)):
+        for trainer in (primal, other):
+            trainer.epochs(order[e : e + 1], lr)
+    assert units(other.tensors(), primal.tensors()) <= ROUNDING
+
+
 def test_features_without_information(engine: Engine) -> None:
     base = network("wide")
     _, y = samples_for(base.spec, 30)

@@ -58,6 +58,7 @@ def train(
     fill: bool = False,
     momentum: float = 0.0,
     lr: float = 0.02,
+    schedule: tuple[float, ...] = (),
     first: int = 0,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], EpochStats]:
     """Tensors before, tensors after, and statistics of a small training."""
@@ -70,7 +71,12 @@ def train(
     trainer = engine.trainer(
         spec, tensors, m, rank, x, y, numbers=numbers, store=store, batch_size=B, lr=lr, momentum=momentum
     )
-    stats = trainer.epochs(orders(E, T))
+    if not schedule:
+        stats = trainer.epochs(orders(E, T))
+        return tensors, trainer.tensors(), stats
+    order = orders(len(schedule), T)
+    parts = [trainer.epochs(order[e : e + 1], rate) for e, rate in enumerate(schedule)]
+    stats = EpochStats(np.concatenate([p.loss for p in parts]), np.concatenate([p.correct for p in parts]))
     return tensors, trainer.tensors(), stats
 
 
@@ -199,6 +205,17 @@ def test_momentum(engine: Engine, method: str) -> None:
     kwargs: dict[str, Any] = {"momentum": 0.9, "lr": 0.005}
     got = train(engine, NETS["dnn"], method, **kwargs)
     assert_same_training(got, train(REFERENCE, NETS["dnn"], method, **kwargs))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_learning_rate_by_epoch(engine: Engine, method: str, momentum: float) -> None:
+    """A schedule: one call an epoch, and a velocity that does not remember the learning rate."""
+    kwargs: dict[str, Any] = {"momentum": momentum, "schedule": (0.005, 0.002, 0.001)}
+    got = train(engine, NETS["dnn"], method, **kwargs)
+    assert_same_training(got, train(REFERENCE, NETS["dnn"], method, **kwargs))
+    constant = train(engine, NETS["dnn"], method, momentum=momentum, E=3, lr=0.005)
+    assert any((got[1][name] != value).any() for name, value in constant[1].items())
     without = train(engine, NETS["dnn"], method, lr=0.005)
     assert any((got[1][name] != without[1][name]).any() for name in got[1])
 

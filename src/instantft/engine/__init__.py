@@ -72,10 +72,13 @@ class EpochStats:
 class Trainer(Protocol):
     """The state of one training: tensors, data, cache. `epochs` moves it on, `tensors` reads it."""
 
-    def epochs(self, order: NDArray[np.int32]) -> EpochStats:
+    def epochs(self, order: NDArray[np.int32], lr: float | None = None) -> EpochStats:
         """Run E whole epochs; `order` is (E, T), the rows of x in the order they are visited.
 
         Each epoch has ceil(T/B) steps of SGD; the last batch may be smaller.
+
+        Args:
+            lr: the learning rate from here on; None: as before. The velocity stays a sum of gradients.
         """
         ...
 

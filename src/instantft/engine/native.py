@@ -416,8 +416,12 @@ class NativeTrainer:
         self._velocity = np.zeros(n, np.float32) if momentum else _NONE32
         self._workspace = buffers.workspace()
 
-    def epochs(self, order: NDArray[np.int32]) -> EpochStats:
+    def epochs(self, order: NDArray[np.int32], lr: float | None = None) -> EpochStats:
         """Run whole epochs; see Trainer.epochs."""
+        if lr is not None:
+            if not self._buffers.plan.general:  # skip.h keeps −lr·v
+                self._velocity *= np.float32(lr / self._lr)
+            self._lr = lr
         order = np.ascontiguousarray(order, np.int32)
         E, T = order.shape
         if T and (order.min() < 0 or order.max() >= len(self._x)):

@@ -139,11 +139,13 @@ class ReferenceTrainer:
                 raise UsageError(f"tensor {name} must have the shape {list(shape)}, not {found}")
         self._velocity = {name: np.zeros(shape, np.float32) for name, shape in self._trained.items()}
 
-    def epochs(self, order: NDArray[np.int32]) -> EpochStats:
+    def epochs(self, order: NDArray[np.int32], lr: float | None = None) -> EpochStats:
         """Run E whole epochs of steps over the rows in `order` (E, T); see `Trainer.epochs`.
 
         Where training diverges, the loss of that epoch and of those after it is NaN.
         """
+        if lr is not None:
+            self._lr = np.float32(lr)
         E, T = order.shape
         loss = np.full(E, np.nan, np.float64)
         correct = np.zeros(E, np.int64)

@@ -149,8 +149,15 @@ class DualTrainer:
         self._B = np.concatenate(B, dtype=np.float32)
         self._velocity = np.zeros_like(self._B)
 
-    def epochs(self, order: NDArray[np.int32]) -> EpochStats:
+    def epochs(self, order: NDArray[np.int32], lr: float | None = None) -> EpochStats:
         """Run E whole epochs of steps over the rows in `order` (E, T); see `Trainer.epochs`."""
+        if lr is not None:
+            ratio = np.float32(lr) / self._lr  # velocities hold −lr·v
+            self._velocity *= ratio
+            for tap in self._taps:
+                if tap.velocity is not None:
+                    tap.velocity *= ratio
+            self._lr = np.float32(lr)
         E, T = order.shape
         loss, correct, steps = np.full(E, np.nan), np.zeros(E, np.int64), 0
         for e in range(E):
