@@ -2,7 +2,8 @@
 
     python -m benchmarks.closed_form --json build/closed_form.json     all tasks and sizes; goes on where it stopped
     python -m benchmarks.closed_form --tasks fashion-75 har --sizes 0 --seeds 3
-    python -m benchmarks.closed_form --gate                            the gate, over sizes and label noise
+    python -m benchmarks.closed_form --gate --json build/gate.json     the gate, over sizes and label noise
+    python -m benchmarks.closed_form --blocks                          left-out blocks against the truth
 
 Base networks, fine-tuning samples and test samples are those of `benchmarks.accuracy`, seed by seed. Columns: before
 fine-tuning; the raw input alone; all taps alike; taps as `taps.choose` weights them, at full rank, at rank 4, and from
@@ -13,17 +14,19 @@ percent; seconds. Means over the seeds, in percent.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.accuracy import TASKS, Samples, Task, base, drifted
-from benchmarks.common import announce, machine, save_json, table
+from benchmarks.common import announce, load, machine, save_json, table
 from instantft.backbones.builtin import Network
 from instantft.cache.store import memory_store
 from instantft.engine import Engine, Floats, get_engine
@@ -133,56 +136,96 @@ def report(results: dict[str, dict[str, dict[str, Numbers]]], sizes: Sequence[in
     return "\n\n".join(parts)
 
 
-def gates(engine: Engine, seeds: int) -> str:
-    """Every task, size and share of labels replaced at random: what the gate does, against knowing the test data."""
-    before, after, accepted = [], [], []
-    for name in (
-        "fashion-75",
-        "fashion-45",
-        "fashion-15",
-        "mnist-90",
-        "mnist-45",
-        "mnist-15",
-        "damage1",
-        "damage2",
-        "har",
-    ):
-        key, _ = task(name)
-        for seed in range(seeds):
-            net = base(engine, key, TASKS[key], seed)
-            for size in GATE_SIZES:
-                announce(f"{name} seed {seed} size {size}")
-                (x, y), (tx, ty) = samples(name, seed, size)
-                tx, ty = tx[:3000], ty[:3000]
-                frozen = right(engine.forward(net.spec, net.tensors, tx), ty)
-                for noise in GATE_NOISE:
-                    rng = np.random.default_rng([seed, int(100 * noise)])
-                    at_random = rng.integers(0, net.spec.C, len(y))
-                    noisy = np.where(rng.random(len(y)) < noise, at_random, y).astype(np.int32)
-                    result = fitted(engine, net, (x, noisy), seed=seed)
-                    before.append(frozen)
-                    after.append(right(adapted(engine, net, result, tx), ty))
-                    accepted.append(result.decide().accepted)
-    announce("")
-    old, new, taken = np.array(before), np.array(after), np.array(accepted)
-    kept, oracle = np.where(taken, new, old), np.maximum(old, new)
-    rows = [
-        ["frozen", f"{100 * old.mean():.2f}", "", ""],
-        [
-            "adapted",
-            f"{100 * new.mean():.2f}",
-            f"{100 * (new < old - HARM).mean():.2f}",
-            f"{100 * (old - new).max():.1f}",
-        ],
-        [
-            "gate",
-            f"{100 * kept.mean():.2f}",
-            f"{100 * (kept < old - HARM).mean():.2f}",
-            f"{100 * (old - kept).max():.1f}",
-        ],
-        ["oracle", f"{100 * oracle.mean():.2f}", "0", "0"],
-    ]
-    return table([f"{len(old)} runs", "mean accuracy", "harmed by > 1 point, % of runs", "worst, points"], rows)
+GATE_TASKS = (
+    "fashion-75",
+    "fashion-45",
+    "fashion-15",
+    "mnist-90",
+    "mnist-45",
+    "mnist-15",
+    "damage1",
+    "damage2",
+    "har",
+)
+GATE_GROUPS = {"images": ("fashion", "mnist"), "fan": ("damage",), "HAR": ("har",), "all": ("",)}
+"""Beginnings of the names of the tasks."""
+
+GATE_TEST = 3000
+"""Test samples that the gate is judged by, at most."""
+
+
+def gate_runs(engine: Engine, name: str, seed: int, size: int) -> list[Numbers]:
+    """One run for every share of labels that are replaced at random."""
+    key, _ = task(name)
+    net = base(engine, key, TASKS[key], seed)
+    (x, y), (tx, ty) = samples(name, seed, size)
+    tx, ty = tx[:GATE_TEST], ty[:GATE_TEST]
+    frozen = right(engine.forward(net.spec, net.tensors, tx), ty)
+    runs: list[Numbers] = []
+    for noise in GATE_NOISE:
+        rng = np.random.default_rng([seed, int(100 * noise)])
+        at_random = rng.integers(0, net.spec.C, len(y))
+        noisy = np.where(rng.random(len(y)) < noise, at_random, y).astype(np.int32)
+        result = fitted(engine, net, (x, noisy), seed=seed)
+        after = right(adapted(engine, net, result, tx), ty)
+        accepted = float(result.decide().accepted)
+        runs.append({"noise": noise, "before": frozen, "after": after, "accepted": accepted})
+    return runs
+
+
+def gate_report(runs: dict[str, list[Numbers]]) -> str:
+    """What the gate does, against knowing the test data; keys of `runs` begin with the name of a task."""
+    rows: list[list[object]] = []
+    for group, beginnings in GATE_GROUPS.items():
+        chosen = [run for key, some in runs.items() if key.startswith(beginnings) for run in some]
+        if not chosen:
+            continue
+        old, new, taken = (np.array([run[c] for run in chosen]) for c in ("before", "after", "accepted"))
+        kept = np.where(taken > 0, new, old)
+        for name, values in (("frozen", old), ("adapted", new), ("gate", kept), ("oracle", np.maximum(old, new))):
+            harmed = 100 * (values < old - HARM).mean()
+            cells = [f"{100 * values.mean():.2f}", f"{harmed:.2f}", f"{100 * (old - values).max():.1f}"]
+            rows.append([f"{group}, {len(chosen)} runs: {name}", *cells])
+    return table(["", "mean accuracy", "harmed by > 1 point, % of runs", "worst, points"], rows)
+
+
+RUN_LENGTHS = (1, 8, 16, 32, 64)
+"""Of consecutive samples that are left out together."""
+
+
+def groups_of(name: str, T: int, length: int | None) -> NDArray[np.intp]:
+    """(T,): runs of a length; None: what belongs together in the data: a person (HAR), a speed of a fan (a quarter of
+    a recording)."""
+    if length is not None:
+        return np.arange(T) // length
+    if name == "har":
+        data = load(TASKS["har"].file)
+        return np.asarray(data["subject"][data["finetune_idx"]], np.intp)
+    return np.arange(T) * 8 // T
+
+
+def estimates(engine: Engine, name: str, seed: int) -> dict[str, tuple[float, float]]:
+    """Accuracy that left-out runs of each length promise, and the true one: groups also decide which taps count."""
+    key, _ = task(name)
+    net = base(engine, key, TASKS[key], seed)
+    (x, y), (tx, ty) = samples(name, seed, 0)
+    found = {}
+    for length in (*RUN_LENGTHS, None):
+        result = fit_ridge(engine, net, x, y, seed=seed, groups=groups_of(name, len(x), length))
+        found[str(length)] = result.block_accuracy, right(adapted(engine, net, result, tx), ty)
+    return found
+
+
+def blocks_report(engine: Engine, seeds: int) -> str:
+    """Promised and true accuracy by what is left out together, means over the seeds."""
+    rows: list[list[object]] = []
+    for name in ("har", "damage1", "damage2", "fashion-75"):
+        found = [estimates(engine, name, seed) for seed in range(seeds)]
+        lengths = [length for length in found[0] if length != "None" or not name.startswith("fashion")]
+        for i, what in enumerate(("promised", "true")):
+            means = [f"{100 * statistics.fmean(f[length][i] for f in found):.1f}" for length in lengths]
+            rows.append([f"{name}, {what}", *means, *[""] * (len(RUN_LENGTHS) + 1 - len(means))])
+    return table(["left out together", *(str(n) for n in RUN_LENGTHS), "person, speed"], rows)
 
 
 def main() -> None:
@@ -192,14 +235,25 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="written after every seed; results that are there are kept")
     parser.add_argument("--gate", action="store_true", help="the gate instead")
+    parser.add_argument("--blocks", action="store_true", help="how honest left-out blocks are instead")
     args = parser.parse_args()
     engine = get_engine()
-    if args.gate:
-        print(gates(engine, args.seeds))
+    if args.blocks:
+        print(blocks_report(engine, args.seeds))
         return
-    results: dict[str, dict[str, dict[str, Numbers]]] = {}
+    results: dict[str, Any] = {}
     if args.json and args.json.is_file():
         results = json.loads(args.json.read_text())["results"]
+    if args.gate:
+        for seed, name, size in itertools.product(range(args.seeds), GATE_TASKS, GATE_SIZES):
+            key = f"{name} {size} {seed}"
+            if key not in results:
+                announce(key)
+                results[key] = gate_runs(engine, name, seed, size)
+                save_json(args.json, {"machine": machine(), "results": results})
+        announce("")
+        print(gate_report(results))
+        return
     for name in args.tasks:
         for size in args.sizes:
             for seed in range(args.seeds):
