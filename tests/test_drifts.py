@@ -69,9 +69,21 @@ def test_the_shortcut_tries_a_part_of_the_grid() -> None:
 def test_tuned_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drifts, "EPOCHS", (5, 10, 30))
     engine, net, (x, y) = get_engine(), samples.base(), samples.blobs(120)
-    found = tuned(engine, net, (x, y), 0, True)
-    tensors = next(iter(found.values()))
+    setting = best(search(engine, net, (x, y), 0, True))
+    [tensors, again] = tuned(engine, net, (x, y), 0, [setting, setting])
+    assert tensors is again
     assert right(engine.forward(net.spec, tensors, x), y) > 0.9 > right(engine.forward(net.spec, net.tensors, x), y)
+
+
+def test_a_setting_that_diverges_leaves_the_base_network() -> None:
+    net, (x, y) = samples.base(), samples.blobs()
+    [tensors] = tuned(get_engine(), net, (x * 1e15, y), 0, [Setting(False, 1e6, 3)])
+    assert tensors == dict(net.tensors)
+
+
+@pytest.mark.parametrize("setting", [Setting(True, 0.01, 100), Setting(False, 0.1, 10)])
+def test_names_of_settings(setting: Setting) -> None:
+    assert Setting.named(setting.name) == setting
 
 
 def test_report_and_pictures(tmp_path: Path) -> None:
