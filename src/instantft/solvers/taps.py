@@ -43,11 +43,11 @@ LADDER = ((1.0, 1.0), (0.3, 0.3), (0.03, 0.0))
 
 The deeper a tap, the more it was made for the data before the drift. Measured: docs/decisions/0005-ridge.md."""
 
-MARGIN, ENOUGH = 1.5, 256
+MARGIN, ENOUGH = 2.0, 256
 """Standard errors by which a rung may be worse than the best, given that many samples; with fewer, which tell little
 about any rung, proportionally less."""
 
-SURE = 3.0
+SURE = 4.0
 """Standard errors above which a rung is given up after a first look at few samples."""
 
 START = 0.1
