@@ -2,6 +2,7 @@
 
     python -m benchmarks.drifts --json build/drifts.json                everything; goes on where it stopped
     python -m benchmarks.drifts --tasks fashion-75 --sizes 0 --seeds 3
+    python -m benchmarks.drifts --cells --tasks har                     how much FT-All depends on its settings
     python -m benchmarks.drifts --json build/drifts.json --seeds 0 --pictures build    pictures of what is there
 
 Base networks, fine-tuning samples and test samples are those of `benchmarks.accuracy`, seed by seed. Columns: before;
@@ -265,6 +266,20 @@ def report(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def cells(name: str, seeds: int) -> dict[str, float]:
+    """Test accuracy, percent, of FT-All with every setting of the grid, means over the seeds."""
+    engine = get_engine()
+    key, _ = task(name)
+    grid = [Setting(cosine, lr, epochs) for cosine in (True, False) for lr in RATES for epochs in EPOCHS]
+    sums = dict.fromkeys((setting.name for setting in grid), 0.0)
+    for seed in range(seeds):
+        net = base(engine, key, TASKS[key], seed)
+        tune, (x, y) = samples(name, seed, 0)
+        for setting, made in zip(grid, tuned(engine, net, tune, seed, grid), strict=True):
+            sums[setting.name] += 100 * right(engine.forward(net.spec, made, x), y) / seeds
+    return sums
+
+
 STYLE = {
     "auto": ("ridge (auto)", "C3", "-"),
     "tuned": ("FT-All, tuned", "C0", "-"),
@@ -332,8 +347,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="written after every run; results that are there are kept")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--cells", action="store_true", help="every setting of FT-All on the test data instead")
     parser.add_argument("--pictures", type=Path, help="folder to draw in")
     args = parser.parse_args()
+    if args.cells:
+        for name in args.tasks:
+            found = cells(name, args.seeds)
+            worst, *_, most = sorted(found, key=lambda setting: found[setting])
+            print(f"{name}: from {found[worst]:.1f} ({worst}) to {found[most]:.1f} ({most})", flush=True)
+        return
     results: Results = {}
     if args.json and args.json.is_file():
         results = json.loads(args.json.read_text())["results"]
