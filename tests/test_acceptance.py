@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,22 @@ def test_the_same_data_again_is_no_advantage_for_the_old() -> None:
     old = kept(t)
     found = decide(tuned(), X, old)
     assert found.before == old.config["estimate"]["accuracy"]
-    assert decide(tuned(), X, kept(tuned())).accepted
+
+
+def test_the_same_data_again_is_no_reason_to_change() -> None:
+    """Two estimates that differ by chance do not let a worse method take the place of a better one."""
+    again = decide(tuned(), X, kept(tuned()))
+    assert again.after == again.before
+    assert not again.accepted
+    low, high = again.interval
+    assert low == pytest.approx(-high)
+    assert high > 0.01  # all right so far is no certainty
+    good = kept(tuned())
+    perfect = {**good.config, "estimate": {"accuracy": 1.0, "samples": 150}}
+    low, high = decide(tuned(), X, replace(good, config=perfect)).interval
+    assert high - low > 0.02  # all right so far is no certainty
+    hopeless = {**good.config, "estimate": {"accuracy": 0.4, "samples": 150}}
+    assert decide(tuned(), X, replace(good, config=hopeless)).accepted
 
 
 def test_new_samples_are_judged_one_by_one() -> None:

@@ -113,6 +113,17 @@ def test_mixture_with_a_useless_network() -> None:
         fit_mixture(z, z[:2], y)
 
 
+@pytest.mark.parametrize("noise", [0.0, 3e-8])
+def test_scores_that_say_nothing_stay_as_they_are(noise: float) -> None:
+    """What is left of nothing is rounding, which no temperature may blow up."""
+    z = np.random.default_rng(0).normal(size=(7, 3)) * noise
+    y = np.arange(7) % 3
+    assert float(fit_temperature(z, y)) == 1
+    beta, gain = fit_mixture(z, np.eye(3)[y], y)
+    assert float(beta) == 1
+    assert gain > 1
+
+
 def test_calibration_error_by_hand() -> None:
     p = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.5, 0.5]])
     # bin of 0.9: half right, |0.5 − 0.9|; bin of 0.6: right, |1 − 0.6|; bin of 0.5: wrong, |0 − 0.5|

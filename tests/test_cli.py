@@ -749,6 +749,13 @@ def test_an_adapter_that_cannot_be_compared_is_named(here: Path, run: Run) -> No
     assert status == 0
     assert "another network" in err
     assert Adapter.load("other").base_hash == BASE.hash
+    config = json.loads(Path("other/adapter_config.json").read_text())
+    config["training"]["seen"] = "!"
+    Path("other/adapter_config.json").write_text(json.dumps(config))
+    status, _, err = run(*FINETUNE, "other")
+    assert status == 0
+    assert "cannot be read (an adapter's fingerprints must be base64" in err
+    assert "base64" not in run(*FINETUNE, "other")[2]
 
 
 def test_groups_come_from_the_file(here: Path, run: Run) -> None:

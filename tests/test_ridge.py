@@ -422,6 +422,8 @@ def test_wrong_use() -> None:
             fit_ridge(engine, base, x, y, taps=chosen)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"groups must be one label a sample, \(10,\), not \[3\]"):
         fit_ridge(engine, base, x, y, groups=np.zeros(3))
+    with pytest.raises(DataError, match="groups must be two or more, one of which can be left out, not all 7"):
+        fit_ridge(engine, base, x, y, groups=np.full(10, 7))
     with pytest.raises(DataError, match="labels must be 0 to 2, not 0 to 3"):
         fit_ridge(engine, base, x, np.arange(10, dtype=np.int32) % 4)
     with pytest.raises(DataError, match="of one length, at least 1"):

@@ -330,6 +330,24 @@ def test_an_adapter_from_a_file_can_be_used(tmp_path: Path) -> None:
         FineTuner(other).use(loaded.adapter)
 
 
+def test_one_sample_gives_no_certainty() -> None:
+    single = tuner(epochs=None).fit(X[:1], Y[:1])
+    assert single.predict_proba(X).max() < 0.99
+
+
+def test_another_adapter_is_not_judged_by_what_was_fitted() -> None:
+    fitted, other = tuner(epochs=None).fit(X, Y), tuner(epochs=None).fit(X[:3], Y[:3]).adapter
+    said = fitted.judge().after
+    assert fitted.use(fitted.adapter).judge().after == said
+    with pytest.raises(UsageError, match=r"rows must be one a sample, \(\d+,\), not \[5\]"):
+        fitted.judge(rows=np.ones(5, bool))
+    with pytest.raises(UsageError, match="fit must come before judge"):
+        fitted.use(other).judge()
+    stream = tuner(epochs=None).partial_fit(X, Y).use(other)
+    fresh = tuner(epochs=None).partial_fit(X[:8], Y[:8])
+    np.testing.assert_array_equal(stream.partial_fit(X[:8], Y[:8]).predict(X), fresh.predict(X))
+
+
 def test_auto_picks_what_the_arguments_leave_open() -> None:
     assert tuner(epochs=None).fit(X, Y).method_.name == "skip-ridge"
     assert tuner(epochs=None, rank=1).fit(X, Y).adapter.rank == 1
@@ -390,7 +408,7 @@ def test_groups_are_left_out_together() -> None:
     plain = tuner(epochs=None).fit(x[order], y[order])
     grouped = tuner(epochs=None).fit(x[order], y[order], groups=np.repeat(np.arange(40), 2)[order])
     assert plain.judge().after > grouped.judge().after + 0.1
-    for wrong in (np.zeros(79, int), np.zeros(80)):
+    for wrong in (np.zeros(79, int), np.zeros(80), np.zeros(80, int)):
         with pytest.raises(DataError, match="groups must be"):
             tuner().fit(x, y, groups=wrong)
 

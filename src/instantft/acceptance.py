@@ -3,13 +3,14 @@
 The gate compares two models on samples that neither was fitted to. An adapter on disk may have been fitted to some of
 these very samples, so each saved adapter carries the fingerprints of its own, and only samples that are new to it
 count. Where nearly all are known to it, as when one data set is used twice, its own estimate of then is compared with
-that of now.
+that of now, and must be surely exceeded like any other.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import math
 import zlib
 from dataclasses import replace
 from typing import Any
@@ -21,10 +22,10 @@ from .adapters import Adapter, expected, initial
 from .engine import Floats
 from .errors import FileError
 from .methods import method
-from .solvers.gate import INTERVAL, Decision
+from .solvers.gate import INTERVAL, SURE, Decision
 from .tuner import FineTuner
 
-__all__ = ["decide", "fingerprints", "signed", "untrained"]
+__all__ = ["check_claims", "decide", "fingerprints", "signed", "untrained"]
 
 ENOUGH = 30
 """Fewer unknown samples than this are not compared one by one."""
@@ -79,16 +80,45 @@ def decide(tuner: FineTuner, x: Floats, old: Adapter | None) -> Decision:
         return tuner.judge(old)
     if new[tuner.left_out().judge.rows].sum() >= ENOUGH:
         return tuner.judge(old, new)
-    said = old.config.get("estimate")
-    if not isinstance(said, dict):
+    said = _said(old)
+    if said is None:
         return tuner.judge()
-    before, n = said.get("accuracy"), said.get("samples")
-    if type(before) is not float or type(n) is not int or not 0 <= before <= 1 or n < 1:
-        raise FileError(f"an adapter's estimate must be an accuracy and a number of samples, not {str(said)[:80]}")
+    before, n = said
     found = tuner.judge()
-    error = INTERVAL * float(np.sqrt(before * (1 - before) / n + found.after * (1 - found.after) / found.n))
-    interval = max(found.after - before - error, -1.0), min(found.after - before + error, 1.0)
-    return Decision(found.accepted and found.after >= before, before, found.after, interval, found.n)
+    (p, var_p), (q, var_q) = _shrunk(before, n), _shrunk(found.after, found.n)
+    gain, error = q - p, math.sqrt(var_p + var_q)
+    interval = max(gain - INTERVAL * error, -1.0), min(gain + INTERVAL * error, 1.0)
+    return Decision(found.accepted and gain >= SURE * error, before, found.after, interval, found.n)
+
+
+def _shrunk(accuracy: float, n: int) -> tuple[float, float]:
+    """An accuracy on n samples with one right and one wrong made up, so that its variance, the second, is above 0.
+
+    What Agresti and Caffo (2000) do to compare two proportions of samples that are not the same.
+    """
+    p = (accuracy * n + 1) / (n + 2)
+    return p, p * (1 - p) / (n + 2)
+
+
+def check_claims(adapter: Adapter) -> None:
+    """See, before any work is done, that what an adapter says about itself makes sense.
+
+    Raises:
+        FileError: it does not.
+    """
+    _seen(adapter)
+    _said(adapter)
+
+
+def _said(adapter: Adapter) -> tuple[float, int] | None:
+    """The adapter's own estimate of its accuracy, and by how many samples; None: it has none."""
+    said = adapter.config.get("estimate")
+    if not isinstance(said, dict):
+        return None
+    accuracy, n = said.get("accuracy"), said.get("samples")
+    if type(accuracy) is not float or type(n) is not int or not 0 <= accuracy <= 1 or n < 1:
+        raise FileError(f"an adapter's estimate must be an accuracy and a number of samples, not {str(said)[:80]}")
+    return accuracy, n
 
 
 def _seen(adapter: Adapter) -> NDArray[np.uint32]:

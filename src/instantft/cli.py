@@ -768,6 +768,7 @@ def _preprocessing(
 
 def _adapter_in_use(out: str, network: Network, means: tuple[float, ...], stds: tuple[float, ...]) -> Adapter | None:
     """The adapter in a directory, if it can be compared with a new one."""
+    from .acceptance import check_claims
     from .adapters import CONFIG_FILE, Adapter
     from .errors import MismatchError
 
@@ -775,6 +776,7 @@ def _adapter_in_use(out: str, network: Network, means: tuple[float, ...], stds: 
         return None
     try:
         adapter = Adapter.load(out, network)
+        check_claims(adapter)
         if _preprocessing(network, None, None, adapter) == (means, stds):
             return adapter
         why = "it was made for samples with another --mean and --std"

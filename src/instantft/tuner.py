@@ -338,12 +338,16 @@ class FineTuner:
         return self
 
     def use(self: Self, adapter: Adapter) -> Self:
-        """Predict with `adapter`, as if `fit` had just made it; `partial_fit` goes on from it where it fits.
+        """Predict with `adapter` from now on. `partial_fit` goes on from it with the method and rank it was made with,
+        if that makes steps; skip-ridge, whose updates need the samples, starts anew. So does `judge` with the next fit.
 
         Raises:
             MismatchError: it was made on another network; both hashes are named.
         """
         adapter.check_base(self.base)
+        if adapter is not getattr(self, "adapter_", None):
+            self._fitted: _Samples | None = None  # what was fitted says nothing about this one
+            self._stream = None
         self.adapter_ = adapter
         self.classes_ = np.arange(self.base.spec.C)
         self.n_features_in_ = self.base.spec.tap_widths[0]
@@ -397,6 +401,8 @@ class FineTuner:
             UsageError: nothing was fitted yet, or no sample is left to judge by.
         """
         samples, held = self._last_samples(), self.left_out()
+        if rows is not None and np.shape(rows) != (len(samples.x),):
+            raise UsageError(f"rows must be one a sample, ({len(samples.x)},), not {list(np.shape(rows))}")
         judge, after = held.judge, held.logits
         old = dict(self.base.tensors)
         if against is not None:

@@ -181,11 +181,13 @@ def as_groups(groups: ArrayLike, T: int, name: str = "groups") -> NDArray[Any]:
     """One label a sample, by which samples that resemble each other are known: (T,) integers.
 
     Raises:
-        DataError: not integers or not (T,).
+        DataError: not integers, not (T,), or all alike, so that nothing would be left where one group is left out.
     """
     labels = as_array(groups, name)
     if labels.dtype.kind not in "iu" or labels.shape != (T,):
         raise DataError(f"{name} must be ({T},) integers, one a sample, not {labels.dtype} {list(labels.shape)}")
+    if T > 1 and (labels == labels[0]).all():
+        raise DataError(f"{name} must be of two groups or more, one of which can be left out, not all {labels[0]}")
     return labels
 
 

@@ -24,6 +24,9 @@ Labels = NDArray[np.integer[Any]]
 LOWEST, HIGHEST = 1e-3, 1e3
 """Bounds of β; scores are of order 1."""
 
+NOTHING = 1e-6
+"""Spread of scores that are all alike but for rounding in float32."""
+
 STEPS = 50
 TOLERANCE = 1e-6
 """Newton's iterations stop when the relative step is below this."""
@@ -73,7 +76,7 @@ def fit_temperature(scores: Array, y: Labels) -> Temperature:
     z = np.ascontiguousarray(z.T)  # (C, T), so that sums over classes run along samples
     z -= z.mean(axis=0)
     spread = float(np.sqrt(np.mean(z * z)))
-    if spread < 1e-12:
+    if spread < NOTHING:
         return Temperature(1.0)
     share = 1.0 / (T + 1)
     z -= z.max(axis=0)
@@ -122,7 +125,10 @@ def fit_mixture(scores: Array, frozen: Array, y: Labels, start: float | None = N
     T = len(c)
     parts = np.stack([np.asarray(scores, np.float64).T, c.T])  # (2, C, T)
     parts -= parts.mean(axis=1, keepdims=True)
-    spread = np.maximum(np.sqrt(np.mean(parts * parts, axis=(1, 2))), 1e-12)
+    spread = np.sqrt(np.mean(parts * parts, axis=(1, 2)))
+    if spread[0] < NOTHING:
+        parts[0], spread[0] = 0, 1
+    spread = np.maximum(spread, 1e-12)
     parts /= spread[:, None, None]  # so that both numbers are of order 1
     wanted = (1 - 1 / (T + 1)) * parts[:, y, np.arange(T)].mean(axis=1)  # the uniform share adds nothing
 

@@ -274,6 +274,8 @@ def _check(spec: NetSpec, x: Floats, y: NDArray[np.int32], groups: Array | None)
     groups = np.asarray(groups)
     if groups.shape != (T,):
         raise DataError(f"groups must be one label a sample, ({T},), not {list(groups.shape)}")
+    if T > 1 and (groups == groups[0]).all():
+        raise DataError(f"groups must be two or more, one of which can be left out, not all {groups[0]!s:.60}")
     return groups
 
 
