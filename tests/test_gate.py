@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from instantft.errors import UsageError
 from instantft.solvers.factor import runs
-from instantft.solvers.gate import Decision, gate
+from instantft.solvers.gate import ENOUGH, INTERVAL, Decision, gate, wider
 
 
 def counted(won: int, lost: int, same: int) -> Decision:
@@ -90,6 +90,35 @@ def test_samples_that_resemble_each_other_count_as_one() -> None:
         blocked += gate(before, after, runs(320, 16)).accepted
     assert naive > 120
     assert blocked < 40
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_few_blocks_are_no_certainty(count: int) -> None:
+    """Two models as good as each other, but not on every block: 95 % covered; without `wider`, 72 to 90 %."""
+    rng = np.random.default_rng(count)
+    blocks = np.split(np.arange(60 * count), count)
+    covered = accepted = 0
+    for _ in range(500):
+        share = np.repeat(rng.uniform(0.35, 0.65, count), 60)
+        before = rng.random(60 * count) < 0.5
+        found = gate(before, rng.random(60 * count) < share, blocks)
+        covered += found.interval[0] <= 0 <= found.interval[1]
+        accepted += found.accepted
+    assert covered >= 0.93 * 500
+    assert accepted <= 0.06 * 500
+
+
+def test_one_block_decides_nothing() -> None:
+    found = gate(np.zeros(50, bool), np.ones(50, bool), [np.arange(50)])
+    assert not found.accepted
+    assert found.interval == (-1, 1)
+
+
+def test_width_of_student() -> None:
+    """Quantiles from a table of Student's t."""
+    for blocks, t in ((3, 4.303), (4, 3.182), (6, 2.571), (11, 2.228), (21, 2.086)):
+        assert INTERVAL * wider(blocks) == pytest.approx(t, rel=0.04)
+    assert wider(ENOUGH) == 1
 
 
 def test_wrong_use() -> None:

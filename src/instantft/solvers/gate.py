@@ -5,13 +5,16 @@ new one by its left-out scores. d_i is +1 where only the new one is right, −1 
 
     gain       mean of d
     error      √(B/(B−1) · Σ_b (Σ_{i∈b} d_i − n_b·gain)²) / n         samples of a block count as one
-    accepted   gain ≥ SURE · error
+    accepted   gain ≥ SURE · wider(blocks) · error
 
 A gain of a few samples out of few is not enough, nor a small gain among many changed minds. Two made-up samples, one
 for either side (Agresti and Min, 2005), keep the error from vanishing where all d are alike: with none lost, about five
 must be won, whatever their number.
 
-n samples, B blocks.
+Few blocks do not tell how much blocks differ. Below ENOUGH of them errors count for more, as in Student's t; from one
+block nothing follows.
+
+n samples, B blocks, the two made-up samples among them.
 """
 
 from __future__ import annotations
@@ -39,6 +42,20 @@ SURE = 1.8
 
 INTERVAL = 1.96
 """Standard errors to either side of the gain: 95 %."""
+
+
+ENOUGH = 30
+"""Blocks from which on the normal distribution will do."""
+
+
+def wider(blocks: int) -> float:
+    """How much wider than the normal distribution's a 95 % interval by so many blocks is: Student's t, one degree of
+    freedom less than blocks, by its expansion in 1/ν (Fisher and Cornish, 1960), which is 24 % short at ν = 1."""
+    if blocks >= ENOUGH or blocks < 2:
+        return 1.0 if blocks >= ENOUGH else math.inf
+    z2, v = INTERVAL**2, blocks - 1
+    terms = (z2 + 1) / 4, (5 * z2**2 + 16 * z2 + 3) / 96, (3 * z2**3 + 19 * z2**2 + 17 * z2 - 15) / 384
+    return 1 + sum(term / v**i for i, term in enumerate(terms, 1))
 
 
 @dataclass(frozen=True)
@@ -89,5 +106,6 @@ def gate(before: Array, after: Array, blocks: Sequence[Rows] | None = None) -> D
     gain = float(sums.sum() / sizes.sum())
     B = len(sums)
     error = math.sqrt(B / (B - 1) * float(((sums - gain * sizes) ** 2).sum())) / float(sizes.sum())
+    error *= wider(len(parts))
     interval = max(gain - INTERVAL * error, -1.0), min(gain + INTERVAL * error, 1.0)
     return Decision(gain >= SURE * error, float(old.mean()), float(new.mean()), interval, n)
