@@ -53,7 +53,7 @@ def wider(blocks: int) -> float:
     freedom less than blocks, by its expansion in 1/ν (Fisher and Cornish, 1960), which is 24 % short at ν = 1."""
     if blocks >= ENOUGH or blocks < 2:
         return 1.0 if blocks >= ENOUGH else math.inf
-    z2, v = INTERVAL**2, blocks - 1
+    z2, v = INTERVAL**2, float(blocks - 1)
     terms = (z2 + 1) / 4, (5 * z2**2 + 16 * z2 + 3) / 96, (3 * z2**3 + 19 * z2**2 + 17 * z2 - 15) / 384
     return 1 + sum(term / v**i for i, term in enumerate(terms, 1))
 
