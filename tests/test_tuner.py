@@ -348,6 +348,15 @@ def test_another_adapter_is_not_judged_by_what_was_fitted() -> None:
     np.testing.assert_array_equal(stream.partial_fit(X[:8], Y[:8]).predict(X), fresh.predict(X))
 
 
+def test_another_base_is_no_place_for_the_adapter() -> None:
+    stream = tuner(epochs=None).partial_fit(X, Y).set_params(base=Network.init(BASE.spec, 77))
+    with pytest.raises(MismatchError, match="an adapter must be used on the network"):
+        stream.predict(X)
+    with pytest.raises(MismatchError, match="an adapter must be used on the network"):
+        stream.partial_fit(X[:1], Y[:1])
+    assert stream.fit(X, Y).score(X, Y) > 0.5
+
+
 def test_auto_picks_what_the_arguments_leave_open() -> None:
     assert tuner(epochs=None).fit(X, Y).method_.name == "skip-ridge"
     assert tuner(epochs=None, rank=1).fit(X, Y).adapter.rank == 1

@@ -278,10 +278,14 @@ def pretrain(
 )
 @click.option("--cache-capacity", type=int, metavar="N", help="Samples the cache has room for. [default: all]")
 @click.option("--cache-file", metavar="FILE", help="Keep the cache in a file. [default: in memory]")
-@click.option("--epochs", type=int, help="Of SGD. [default: 10]")
+@click.option("--epochs", type=int, help="Of SGD. [default: 10; under auto what a held-out block asks for]")
 @_batch_option
-@click.option("--lr", type=float, help="Learning rate of SGD. [default: from the cache; without one 0.1]")
-@click.option("--momentum", type=float, help="Of SGD, 0 to below 1. [default: 0; 0.8 for skip2-lora without --lr]")
+@click.option(
+    "--lr", type=float, help="Learning rate of SGD. [default: from the frozen layers' outputs; where those change, 0.1]"
+)
+@click.option(
+    "--momentum", type=float, help="Of SGD, 0 to below 1. [default: 0; 0.8 for skip-lora and skip2-lora without --lr]"
+)
 @click.option("--space", default="auto", show_default=True, help="Where SGD makes its steps: auto, primal or dual.")
 @click.option("--rank", type=int, help="Of the adapters. [default: 4; full for skip-ridge]")
 @click.option("--lift", metavar="KIND", help="arccos or nystrom: a kernel of the taps, where that helps skip-ridge.")

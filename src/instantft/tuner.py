@@ -354,8 +354,14 @@ class FineTuner:
         return self
 
     def decision_function(self, x: ArrayLike) -> Floats:
-        """Logits (T, C) float32."""
+        """Logits (T, C) float32.
+
+        Raises:
+            UsageError: nothing was fitted yet.
+            MismatchError: `base` was replaced since.
+        """
         adapter = self.adapter
+        adapter.check_base(self.base)
         rows, _ = as_samples(x, self.base.spec, self.base.mean, self.base.std)
         tensors = {**self.base.tensors, **adapter.tensors}
         return forward(self._engine(), self.base.spec, tensors, rows, self.threads)
@@ -637,7 +643,9 @@ class FineTuner:
                 f"rank must be left out where skip-ridge goes on, not {self.rank}: updates are of full rank"
             )
         m, stream = self._check(), getattr(self, "_stream", None)
-        if stream is None:
+        if stream is not None:
+            self.adapter.check_base(self.base)
+        else:
             stream = Stream(
                 self._engine(), self.base,
                 seed=self.seed, threads=self.threads, forgetting=self.forgetting, support=self.support,
