@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from instantft.acceptance import decide, fingerprints, signed, untrained
+from instantft.acceptance import check_claims, decide, fingerprints, signed, untrained
 from instantft.adapters import Adapter
 from instantft.engine import forward, get_engine
 from instantft.errors import FileError
@@ -27,7 +26,7 @@ def tuned(x: Any = X, y: Any = Y, method: str = "auto", **more: Any) -> FineTune
 
 
 def kept(t: FineTuner, x: Any = X) -> Adapter:
-    return signed(t.adapter, x, decide(t, x, None))
+    return signed(t.adapter, x, t.left_out(), decide(t, x, None))
 
 
 @pytest.mark.parametrize("method", ["auto", "skip2-lora", "ft-last", "ft-all"])
@@ -41,38 +40,53 @@ def test_against_the_frozen_network(method: str) -> None:
 
 
 def test_the_same_data_again_is_no_advantage_for_the_old() -> None:
-    """SGD that has learnt these samples by heart looks perfect on them; what counts is what it said then."""
+    """SGD that has learnt these samples by heart looks perfect on them; what counts is what it said of left-out ones."""
     t = tuned(method="skip2-lora", epochs=200, lr=0.1)
     assert t.score(X, Y) == 1
-    old = kept(t)
-    found = decide(tuned(), X, old)
-    assert found.before == old.config["estimate"]["accuracy"]
+    found = decide(tuned(), X, kept(t))
+    assert found.n == 30  # those that were left out then
+    held = t.left_out()
+    assert found.before == np.mean(held.logits.argmax(axis=1) == Y[held.judge.rows])
 
 
-def test_the_same_data_again_is_no_reason_to_change() -> None:
-    """Two estimates that differ by chance do not let a worse method take the place of a better one."""
-    again = decide(tuned(), X, kept(tuned()))
+def test_the_same_command_again_passes_but_chance_does_not() -> None:
+    """Two methods that differ by chance do not take each other's place on the samples both know."""
+    old = kept(tuned())
+    again = decide(tuned(), X, old)
     assert again.after == again.before
-    assert not again.accepted
-    low, high = again.interval
-    assert low == pytest.approx(-high)
-    assert high > 0.01  # all right so far is no certainty
-    good = kept(tuned())
-    perfect = {**good.config, "estimate": {"accuracy": 1.0, "samples": 150}}
-    low, high = decide(tuned(), X, replace(good, config=perfect)).interval
-    assert high - low > 0.02  # all right so far is no certainty
-    hopeless = {**good.config, "estimate": {"accuracy": 0.4, "samples": 150}}
-    assert decide(tuned(), X, replace(good, config=hopeless)).accepted
+    assert again.accepted
+    other = decide(tuned(rank=1), X, old)
+    assert other.n == 150
+    assert not other.accepted
+    assert decide(tuned(), X, kept(tuned(y=NOISE))).accepted
 
 
-def test_new_samples_are_judged_one_by_one() -> None:
+def test_new_samples_are_asked_of_the_old() -> None:
     old = kept(tuned(X[:100], Y[:100]), X[:100])
-    t = tuned()
-    found = decide(t, X, old)
-    assert found.n == 50
-    worse = decide(tuned(y=NOISE), X, old)
-    assert worse.n == 50  # a sample with another label is no new sample
-    assert not worse.accepted
+    found = decide(tuned(), X, old)
+    assert found.n == 150
+    said = tuned(X[:100], Y[:100]).left_out().logits.argmax(axis=1)
+    engine = get_engine("reference")
+    fresh = forward(engine, BASE.spec, {**BASE.tensors, **old.tensors}, X[100:]).argmax(axis=1)
+    assert found.before == np.mean(np.concatenate([said, fresh]) == Y)
+    assert not decide(tuned(y=NOISE), X, old).accepted
+
+
+def test_groups_and_runs_are_not_compared() -> None:
+    """Whoever finds out that neighbours flatter is not held to what they promised."""
+    old = kept(tuned())
+    grouped = FineTuner(BASE, engine="reference").fit_prepared(X, Y, groups=np.arange(150) // 15)
+    assert decide(grouped, X, old) == grouped.judge()
+    half = np.arange(150) // 15
+    again = FineTuner(BASE, engine="reference").fit_prepared(X, Y, groups=half)
+    assert decide(again, X, kept(grouped)).accepted
+
+
+def test_one_class_is_never_enough() -> None:
+    ones = np.ones(len(Y), np.int32)
+    t = tuned(y=ones)
+    assert t.judge().after == 1
+    assert not t.judge().accepted
 
 
 def test_an_untrained_adapter_is_the_frozen_network() -> None:
@@ -96,12 +110,18 @@ def test_fingerprints_tell_samples_apart() -> None:
         ({"seen": "A"}, "base64"),
         ({"seen": 3}, "base64"),
         ({"seen": "AAA="}, "whole words"),
-        ({"estimate": {"accuracy": "good", "samples": 3}}, "an accuracy and a number"),
-        ({"estimate": {"accuracy": 2.0, "samples": 3}}, "an accuracy and a number"),
+        ({"said": None}, "base64"),
+        ({"said": ""}, "said of each sample"),
+        ({"seen": "AAAAAA==", "said": "AwAAAA=="}, "0 to 2"),
+        ({"seen": "AAAAAA==", "said": "/f///w=="}, "0 to 2"),
     ],
 )
 def test_untrusted_claims(entry: dict[str, Any], words: str) -> None:
     good = kept(tuned())
-    bad = Adapter(good.method, good.rank, good.spec, good.base_hash, good.tensors, {**good.config, **entry})
-    with pytest.raises(FileError, match=words):
-        decide(tuned(), X, bad)
+    claims = {**good.config["left_out"], **entry}
+    for config in ({**good.config, "left_out": claims}, {**good.config, "left_out": "yes"}):
+        bad = Adapter(good.method, good.rank, good.spec, good.base_hash, good.tensors, config)
+        with pytest.raises(FileError, match="must be an object" if config["left_out"] == "yes" else words):
+            check_claims(bad)
+        with pytest.raises(FileError):
+            decide(tuned(), X, bad)

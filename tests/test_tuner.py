@@ -339,8 +339,8 @@ def test_another_adapter_is_not_judged_by_what_was_fitted() -> None:
     fitted, other = tuner(epochs=None).fit(X, Y), tuner(epochs=None).fit(X[:3], Y[:3]).adapter
     said = fitted.judge().after
     assert fitted.use(fitted.adapter).judge().after == said
-    with pytest.raises(UsageError, match=r"rows must be one a sample, \(\d+,\), not \[5\]"):
-        fitted.judge(rows=np.ones(5, bool))
+    with pytest.raises(UsageError, match=r"said must be one a sample, \(\d+,\), not \[5\]"):
+        fitted.judge(said=np.zeros(5, int))
     with pytest.raises(UsageError, match="fit must come before judge"):
         fitted.use(other).judge()
     stream = tuner(epochs=None).partial_fit(X, Y).use(other)

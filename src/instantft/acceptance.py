@@ -1,16 +1,16 @@
 """Whether a new adapter may take the place of what is there: what `finetune` does between fitting and saving.
 
 The gate compares two models on samples that neither was fitted to. An adapter on disk may have been fitted to some of
-these very samples, so each saved adapter carries the fingerprints of its own, and only samples that are new to it
-count. Where nearly all are known to it, as when one data set is used twice, its own estimate of then is compared with
-that of now, and must be surely exceeded like any other.
+these very samples. So each saved adapter carries the fingerprints of its samples, and what it said of those that were
+left out when it was judged: a sample that is new to it is asked of it now, of one that it knows counts what it said
+then. Left out in another way (with groups or without), nothing it said then can be compared; if that is all there is,
+the new adapter has to be better than the frozen network.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import math
 import zlib
 from dataclasses import replace
 from typing import Any
@@ -22,16 +22,13 @@ from .adapters import Adapter, expected, initial
 from .engine import Floats
 from .errors import FileError
 from .methods import method
-from .solvers.gate import INTERVAL, SURE, Decision
-from .tuner import FineTuner
+from .solvers.gate import Decision
+from .tuner import NEW, UNKNOWN, FineTuner, HeldOut
 
 __all__ = ["check_claims", "decide", "fingerprints", "signed", "untrained"]
 
-ENOUGH = 30
-"""Fewer unknown samples than this are not compared one by one."""
-
-REMEMBERED = 100_000
-"""Most fingerprints that are kept: 533 kB. Of more samples, the first so many."""
+REMEMBERED = 50_000
+"""Most samples that are remembered: 533 kB. Of more samples, the first so many."""
 
 
 def fingerprints(x: Floats) -> NDArray[np.uint32]:
@@ -42,16 +39,24 @@ def fingerprints(x: Floats) -> NDArray[np.uint32]:
     return np.fromiter(map(zlib.crc32, np.ascontiguousarray(x)), np.uint32, len(x))
 
 
-def signed(adapter: Adapter, x: Floats, decision: Decision, **more: Any) -> Adapter:
-    """The adapter with what a later `decide` needs to know: fingerprints of x (T, N), and its own estimate.
+def signed(adapter: Adapter, x: Floats, held: HeldOut, decision: Decision, **more: Any) -> Adapter:
+    """The adapter with what a later `decide` needs to know.
 
     Args:
+        x: (T, N) what it was fitted to.
+        held: what was said of these samples when they were left out.
+        decision: what the gate made of it.
         more: further entries of its config.
     """
-    known = fingerprints(x[:REMEMBERED]).astype("<u4").tobytes()
+    said = np.full(len(x), UNKNOWN)
+    said[held.judge.rows] = held.logits.argmax(axis=1)
+    left_out = {
+        "grouped": held.grouped,
+        "seen": _packed(fingerprints(x[:REMEMBERED]), "<u4"),
+        "said": _packed(said[:REMEMBERED], "<i4"),
+    }
     estimate = {"accuracy": decision.after, "samples": decision.n}
-    config = {**adapter.config, **more, "seen": base64.b64encode(known).decode(), "estimate": estimate}
-    return replace(adapter, config=config)
+    return replace(adapter, config={**adapter.config, **more, "estimate": estimate, "left_out": left_out})
 
 
 def untrained(adapter: Adapter, base_tensors: Any) -> Adapter:
@@ -75,29 +80,15 @@ def decide(tuner: FineTuner, x: Floats, old: Adapter | None) -> Decision:
     """
     if old is None or not old.config.get("trained", True):
         return tuner.judge()
-    new = ~np.isin(fingerprints(x), _seen(old))
-    if new.all():
-        return tuner.judge(old)
-    if new[tuner.left_out().judge.rows].sum() >= ENOUGH:
-        return tuner.judge(old, new)
-    said = _said(old)
-    if said is None:
-        return tuner.judge()
-    before, n = said
-    found = tuner.judge()
-    (p, var_p), (q, var_q) = _shrunk(before, n), _shrunk(found.after, found.n)
-    gain, error = q - p, math.sqrt(var_p + var_q)
-    interval = max(gain - INTERVAL * error, -1.0), min(gain + INTERVAL * error, 1.0)
-    return Decision(found.accepted and gain >= SURE * error, before, found.after, interval, found.n)
-
-
-def _shrunk(accuracy: float, n: int) -> tuple[float, float]:
-    """An accuracy on n samples with one right and one wrong made up, so that its variance, the second, is above 0.
-
-    What Agresti and Caffo (2000) do to compare two proportions of samples that are not the same.
-    """
-    p = (accuracy * n + 1) / (n + 2)
-    return p, p * (1 - p) / (n + 2)
+    held, frozen = tuner.left_out(), tuner.judge()
+    said = _said(old, x, held.grouped)
+    known = said[held.judge.rows]
+    if (known == UNKNOWN).all():
+        return frozen
+    found = tuner.judge(old, said)
+    # The same command once more changes nothing, and may do so.
+    same = bool((known == held.logits.argmax(axis=1))[known != UNKNOWN].all())
+    return replace(found, accepted=frozen.accepted and (found.accepted or same))
 
 
 def check_claims(adapter: Adapter) -> None:
@@ -106,24 +97,43 @@ def check_claims(adapter: Adapter) -> None:
     Raises:
         FileError: it does not.
     """
-    _seen(adapter)
-    _said(adapter)
+    _claims(adapter)
 
 
-def _said(adapter: Adapter) -> tuple[float, int] | None:
-    """The adapter's own estimate of its accuracy, and by how many samples; None: it has none."""
-    said = adapter.config.get("estimate")
-    if not isinstance(said, dict):
-        return None
-    accuracy, n = said.get("accuracy"), said.get("samples")
-    if type(accuracy) is not float or type(n) is not int or not 0 <= accuracy <= 1 or n < 1:
-        raise FileError(f"an adapter's estimate must be an accuracy and a number of samples, not {str(said)[:80]}")
-    return accuracy, n
+def _said(old: Adapter, x: Floats, grouped: bool) -> NDArray[np.int64]:
+    """(T,): what `old` said of each sample when it was left out in the same way; or NEW, or UNKNOWN."""
+    seen, answers, way = _claims(old)
+    if way != grouped:
+        answers = np.full(len(seen), UNKNOWN)
+    order = np.argsort(seen, kind="stable")
+    prints = fingerprints(x)
+    at = np.minimum(np.searchsorted(seen[order], prints), max(len(seen) - 1, 0))
+    if not len(seen):
+        return np.full(len(x), NEW)
+    found = seen[order][at] == prints
+    return np.where(found, answers[order][at], NEW)
 
 
-def _seen(adapter: Adapter) -> NDArray[np.uint32]:
-    text = adapter.config.get("seen", "")
+def _claims(adapter: Adapter) -> tuple[NDArray[np.uint32], NDArray[np.int64], bool]:
+    """Fingerprints of the adapter's samples, what it said of each when left out, and whether in groups."""
+    claims = adapter.config.get("left_out", {"seen": "", "said": "", "grouped": False})
+    if not isinstance(claims, dict):
+        raise FileError(f"an adapter's left_out must be an object, not {str(claims)[:40]!r}")
+    seen, said = (_unpacked(claims.get(name), dtype) for name, dtype in (("seen", "<u4"), ("said", "<i4")))
+    if len(seen) != len(said) or (len(said) and not UNKNOWN <= said.min() <= said.max() < adapter.spec.C):
+        raise FileError(
+            f"an adapter must have said of each sample which class it is, 0 to {adapter.spec.C - 1}, but of "
+            f"{len(seen)} samples it has said {len(said)}, or others"
+        )
+    return seen.astype(np.uint32), said.astype(np.int64), bool(claims.get("grouped"))
+
+
+def _packed(values: NDArray[Any], dtype: str) -> str:
+    return base64.b64encode(values.astype(dtype).tobytes()).decode()
+
+
+def _unpacked(text: object, dtype: str) -> NDArray[Any]:
     try:
-        return np.frombuffer(base64.b64decode(text, validate=True), "<u4").astype(np.uint32)
+        return np.frombuffer(base64.b64decode(text, validate=True), dtype)  # type: ignore[arg-type]
     except (TypeError, ValueError, binascii.Error):
         raise FileError(f"an adapter's fingerprints must be base64 of whole words, not {str(text)[:40]!r}") from None

@@ -85,6 +85,9 @@ class Adapter:
             kept[name] = files.frozen(value)
         object.__setattr__(self, "tensors", kept)
 
+    def __repr__(self) -> str:
+        return f"Adapter({self.method}, rank {self.rank}, {self.parameters:,} parameters, of {self.base_hash[:8]}…)"
+
     def __deepcopy__(self, memo: object) -> Adapter:
         return self  # nothing in it changes
 

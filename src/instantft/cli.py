@@ -40,6 +40,9 @@ __all__ = ["main", "run"]
 BAR_AFTER = 1.0
 """Seconds after which work shows a progress bar."""
 
+FEW = 30
+"""Samples left out below which a gate that says no is said to have seen few."""
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -417,7 +420,7 @@ def finetune(
     result["accepted"] = decision.accepted
     # Whoever uses the adapter must preprocess as it was done here.
     other = {"mean": list(means), "std": list(stds)} if (means, stds) != (network.mean, network.std) else {}
-    adapter = signed(adapter, samples.x, decision, **other)
+    adapter = signed(adapter, samples.x, tuner.left_out(), decision, **other)
     kept, was_there = decision.accepted or force, Path(out, CONFIG_FILE).exists()
     if kept:
         adapter.save(out)
@@ -430,7 +433,7 @@ def finetune(
         result["history"] = _history(fitted.stats, T) if isinstance(fitted, FitResult) else []
     if as_json:
         return _print_json(result)
-    if history:
+    if result.get("history"):
         _print_history(result["history"])
     s = fitted.seconds
     steps = f", {tuner.epochs_} epochs, {result['steps']:,} steps" if result["steps"] else ", in closed form"
@@ -451,13 +454,14 @@ def finetune(
                 else f"lift     {lift} does not help here, so there is none"
             )
     if test:
-        click.echo(f"accuracy {_percent(before)} → {_percent(result['accuracy_after'])} on {eval_path}")
+        click.echo(f"accuracy {_percent(before)} → {_percent(result['accuracy_after'])} on {eval_path}, of the new one")
     low, high = (f"{100 * end:+.1f}" for end in decision.interval)
     click.echo(
         f"estimate {_percent(decision.before)} → {_percent(decision.after)} on {decision.n:,} samples left out; "
         f"the difference is {low} to {high} points (95 %)"
     )
-    click.echo(f"time     {_time(s.total)} ({_time(s.fill)} filling the cache, {_time(s.train)} training)")
+    parts = f" ({_time(s.fill)} filling the cache, {_time(s.train)} training)" if store else ""
+    click.echo(f"time     {_time(s.total)}{parts}")
     if store:
         held = result["cache"]
         click.echo(
@@ -465,8 +469,9 @@ def finetune(
             f"{held['hits']:,} hits, {held['misses']:,} misses"
         )
     rival = "the frozen network" if old is None else f"the adapter in {out}"
-    if not decision.accepted:
-        click.echo(f"gate     not surely better than {rival}" + (", kept by --force" if force else ""))
+    verdict = "better than" if decision.accepted else "not surely better than"
+    few = f"; {decision.n} samples tell little" if not decision.accepted and decision.n < FEW else ""
+    click.echo(f"gate     {verdict} {rival}{few}" + (", kept by --force" if force and not decision.accepted else ""))
     if not kept:
         stays = f"{out} stays as it was" if was_there else f"{out} holds an adapter that changes nothing"
         return click.echo(f"adapter  {stays}; --force keeps the new one")
@@ -608,7 +613,7 @@ def inspect(path: str, rank: int | None, samples: int, as_json: bool) -> None:
             "base_hash": adapter.base_hash,
             "trainable_parameters": adapter.parameters,
             "tensors": {name: list(t.shape) for name, t in adapter.tensors.items()},
-            "training": {name: value for name, value in adapter.config.items() if name != "seen"},
+            "training": {name: value for name, value in adapter.config.items() if name != "left_out"},
             "lift": _lift_cost(spec, adapter.lift_cost),
         }
         rank = adapter.rank
@@ -946,7 +951,8 @@ def _print_inspection(path: str, r: dict[str, Any]) -> None:
     from .table import format_table
 
     if r["kind"] == "adapter":
-        click.echo(f"adapter {path}: {r['method']}, rank {r['rank']}, {r['trainable_parameters']:,} parameters")
+        idle = "" if r["training"].get("trained", True) else "; it changes nothing: the gate said no"
+        click.echo(f"adapter {path}: {r['method']}, rank {r['rank']}, {r['trainable_parameters']:,} parameters{idle}")
         click.echo(f"of base {r['base_hash']}")
         for name, shape in r["tensors"].items():
             click.echo(f"  {name:<28} {_shape(shape)}")
@@ -979,7 +985,7 @@ def _print_inspection(path: str, r: dict[str, Any]) -> None:
             ],
         )
     )
-    click.echo("\nCost a sample:")
+    click.echo("\nCost a sample (FLOPs; memory of training with batches of one):")
     click.echo(
         format_table(
             ("method", "rank", "parameters", "forward", "cached", "backward", "memory"),

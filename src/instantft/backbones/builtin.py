@@ -66,6 +66,10 @@ class Network:
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "std", std)
 
+    def __repr__(self) -> str:
+        shape = "×".join(map(str, self.spec.input_shape))
+        return f"Network({shape} → {self.spec.C}, {len(self.spec.layers)} layers, {self.hash[:8]}…)"
+
     def __deepcopy__(self, memo: object) -> Network:
         return self  # nothing in it changes
 

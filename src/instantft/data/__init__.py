@@ -191,12 +191,15 @@ def as_groups(groups: ArrayLike, T: int, name: str = "groups") -> NDArray[Any]:
     return labels
 
 
-def warn_if_poor(y: NDArray[np.int32], batch_size: int) -> None:
-    """Warn of data that can be used, but are probably not what was meant."""
+def warn_if_poor(y: NDArray[np.int32], batch_size: int, C: int = 0) -> None:
+    """Warn of data that can be used, but are probably not what was meant; C: how many classes there should be."""
     if y.size < batch_size:
         warnings.warn(f"fewer samples ({y.size}) than a batch ({batch_size}): one batch of {y.size}", stacklevel=3)
     if y.size and (y == y[0]).all():
         warnings.warn(f"every label is {y[0]}: with one class only, that class is all that can be learnt", stacklevel=3)
+    elif missing := [str(c) for c in range(C) if c not in set(y.tolist())]:
+        named = ", ".join(missing[:8]) + (", …" if len(missing) > 8 else "")
+        warnings.warn(f"no sample is of class {named}: what is missing from the samples is forgotten", stacklevel=3)
 
 
 def load_samples(

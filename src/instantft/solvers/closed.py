@@ -11,7 +11,7 @@ T samples, L taps, N_k their widths, D the sum over those in use, C outputs, R r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from .lowrank import FeatureSpace, Pair, SampleSpace, reduce_rank
 from .records import CHUNK, STRIP, Records, subset
 from .taps import Choice, shrinkage
 
-__all__ = ["KEPT", "SCORED", "TOO_LARGE", "Fitted", "Judged", "dual", "judged", "primal"]
+__all__ = ["KEPT", "SCORED", "TOO_LARGE", "Fitted", "Judged", "consecutive", "dual", "judged", "primal"]
 
 Array = NDArray[Any]
 Doubles = NDArray[np.float64]
@@ -65,8 +65,13 @@ def judged(T: int, groups: Array | None, most: int, seed: int) -> Judged:
         order = np.random.default_rng([seed, 4]).permutation(len(blocks))
         sizes = np.cumsum([len(blocks[i]) for i in order])
         blocks = [blocks[i] for i in order[: max(1, int(np.searchsorted(sizes, most, side="right")))]]
-    starts = np.cumsum([0, *(len(rows) for rows in blocks)]).tolist()
-    return Judged(np.concatenate(blocks), [np.arange(a, b) for a, b in itertools.pairwise(starts)])
+    return Judged(np.concatenate(blocks), consecutive(blocks))
+
+
+def consecutive(blocks: Sequence[Rows]) -> list[Rows]:
+    """The places of these blocks in one row after the other."""
+    cuts = np.cumsum([0, *map(len, blocks)]).tolist()
+    return [np.arange(a, b) for a, b in itertools.pairwise(cuts)]
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ Array = NDArray[Any]
 RUNS = 32
 """Blocks of consecutive samples where none are given."""
 
-SURE = 1.8
+SURE = 1.7
 """Standard errors by which the new model must be better; docs/decisions/0005-ridge.md."""
 
 INTERVAL = 1.96

@@ -2,7 +2,8 @@
 
 Ridge regression knows from its factorisation what it would say of samples left out. SGD has to be run without them: a
 fifth of the samples, in a few long runs, since neighbours resemble each other, is kept away from a second training with
-the same settings. What is judged is that training; what is kept is the one on all samples.
+the same settings. What is judged is that training; what is kept is the one on all samples. Where groups are given,
+which may be few, each of them is left out in one of up to five trainings.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from ..cache.store import Store
 from ..engine import Engine, Floats, forward
 from ..methods import Method
 from .calibration import log_loss
-from .closed import LONGEST, Judged, judged
-from .factor import runs
+from .closed import LONGEST, Judged, consecutive
+from .factor import Rows, blocks_of, runs
 from .records import subset
 from .sgd import fit
 
@@ -34,15 +35,16 @@ STAIRS = (1, 2, 5, 10, 20, 50, 100)
 """Epochs that are compared."""
 
 
-def split(T: int, groups: NDArray[Any] | None, seed: int) -> tuple[NDArray[np.intp], Judged]:
-    """Rows to train on, and rows to judge by: about T/SHARE, in PIECES runs, or whole groups."""
-    most = max(1, T // SHARE)
+def split(T: int, groups: NDArray[Any] | None, seed: int) -> list[Judged]:
+    """The rows to judge by, a training at a time: about T/SHARE of them, in PIECES runs; or all, in SHARE lots of whole
+    groups that are about as large as each other."""
     if groups is None:
-        rows, parts = subset(T, most, seed, PIECES)
-        judge = Judged(rows, [part[cut] for part in parts for cut in runs(len(part), -(-len(part) // LONGEST))])
-    else:
-        judge = judged(T, groups, most, seed)
-    return np.setdiff1d(np.arange(T), judge.rows), judge
+        rows, parts = subset(T, max(1, T // SHARE), seed, PIECES)
+        return [Judged(rows, [part[cut] for part in parts for cut in runs(len(part), -(-len(part) // LONGEST))])]
+    lots: list[list[Rows]] = [[] for _ in range(SHARE)]
+    for block in sorted(blocks_of(groups), key=len, reverse=True):
+        min(lots, key=lambda lot: sum(map(len, lot))).append(block)
+    return [Judged(np.concatenate(lot), consecutive(lot)) for lot in lots if lot]
 
 
 def hold_out(
@@ -59,7 +61,8 @@ def hold_out(
     threads: int,
     **settings: Any,
 ) -> tuple[Judged, Floats]:
-    """Train once more without the held-out samples; with nothing left to train on, nothing is learnt.
+    """Train once more without the held-out samples, or without each lot of groups; with nothing left to train on,
+    nothing is learnt.
 
     Returns:
         Which samples were held out, and their logits (n, C).
@@ -68,16 +71,20 @@ def hold_out(
         groups: (T,) a label a sample; samples of a group are held out together.
         settings: rank, epochs, batch_size, lr, momentum of `sgd.fit`; the other arguments are its too.
     """
-    train, judge = split(len(x), groups, seed)
-    added: dict[str, Floats] = {}
-    if len(train):
-        fitted = fit(
-            engine, base, m, np.ascontiguousarray(x[train]), y[train],
-            store=store, numbers=numbers[train], seed=seed, threads=threads, **settings,
-        )  # fmt: skip
-        added = dict(fitted.adapter.tensors)
-    held = np.ascontiguousarray(x[judge.rows])
-    return judge, forward(engine, base.spec, {**base.tensors, **added}, held, threads)
+    lots, logits = split(len(x), groups, seed), []
+    for judge in lots:
+        train = np.setdiff1d(np.arange(len(x)), judge.rows)
+        added: dict[str, Floats] = {}
+        if len(train):
+            fitted = fit(
+                engine, base, m, np.ascontiguousarray(x[train]), y[train],
+                store=store, numbers=numbers[train], seed=seed, threads=threads, **settings,
+            )  # fmt: skip
+            added = dict(fitted.adapter.tensors)
+        held = np.ascontiguousarray(x[judge.rows])
+        logits.append(forward(engine, base.spec, {**base.tensors, **added}, held, threads))
+    blocks = [judge.rows[block] for judge in lots for block in judge.blocks]
+    return Judged(np.concatenate(blocks), consecutive(blocks)), np.concatenate(logits)
 
 
 def best_epochs(
@@ -98,7 +105,8 @@ def best_epochs(
 
     One training goes up the stairs until two steps have brought nothing. Arguments as for `hold_out`, without epochs.
     """
-    train, judge = split(len(x), groups, seed)
+    judge = split(len(x), groups, seed)[0]
+    train = np.setdiff1d(np.arange(len(x)), judge.rows)
     if not len(train):
         return STAIRS[0]
     rest, held = np.ascontiguousarray(x[train]), np.ascontiguousarray(x[judge.rows])

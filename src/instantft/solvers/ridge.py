@@ -208,6 +208,9 @@ def fit_ridge(
         for rows in parts(T, filling):
             engine.fill(spec, base.tensors, x[rows], numbers[rows], store, threads)
         store.hits += T  # every record is looked at once
+    elif store is not None:
+        held = int(store.held(numbers).sum())
+        store.hits, store.misses = store.hits + held, store.misses + T - held
     records = Records(engine, base, x, numbers, store, threads)
     space: Literal["dual", "primal"] = "dual" if T <= D or lift == "arccos" else "primal"
     if space == "dual" or T * spec.record.width <= MAX_SYSTEM * CHUNK:
