@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instantft.acceptance import check_claims, decide, fingerprints, signed, untrained
+from instantft.acceptance import decide, untrained
 from instantft.adapters import Adapter
 from instantft.engine import forward, get_engine
-from instantft.errors import FileError
 from instantft.methods import METHODS
 from instantft.tuner import FineTuner
 
@@ -25,8 +24,9 @@ def tuned(x: Any = X, y: Any = Y, method: str = "auto", **more: Any) -> FineTune
     return FineTuner(BASE, method, engine="reference", **more).fit_prepared(x, y)
 
 
-def kept(t: FineTuner, x: Any = X) -> Adapter:
-    return signed(t.adapter, x, t.left_out(), decide(t, x, None))
+def kept(t: FineTuner) -> Adapter:
+    t.judge()  # as finetune does, so that it is known what SGD says of left-out samples
+    return t.adapter
 
 
 @pytest.mark.parametrize("method", ["auto", "skip2-lora", "ft-last", "ft-all"])
@@ -40,7 +40,7 @@ def test_against_the_frozen_network(method: str) -> None:
 
 
 def test_the_same_data_again_is_no_advantage_for_the_old() -> None:
-    """SGD that has learnt these samples by heart looks perfect on them; what counts is what it said of left-out ones."""
+    """SGD that has learnt these samples by heart looks perfect on them; what counts is what it said of others."""
     t = tuned(method="skip2-lora", epochs=200, lr=0.1)
     assert t.score(X, Y) == 1
     found = decide(tuned(), X, kept(t))
@@ -62,7 +62,7 @@ def test_the_same_command_again_passes_but_chance_does_not() -> None:
 
 
 def test_new_samples_are_asked_of_the_old() -> None:
-    old = kept(tuned(X[:100], Y[:100]), X[:100])
+    old = kept(tuned(X[:100], Y[:100]))
     found = decide(tuned(), X, old)
     assert found.n == 150
     said = tuned(X[:100], Y[:100]).left_out().logits.argmax(axis=1)
@@ -98,30 +98,9 @@ def test_an_untrained_adapter_is_the_frozen_network() -> None:
         assert decide(tuned(), X, plain).before == decide(tuned(), X, None).before
 
 
-def test_fingerprints_tell_samples_apart() -> None:
-    found = fingerprints(X)
-    assert len(set(found.tolist())) == len(X)
-    np.testing.assert_array_equal(fingerprints(X[::2].copy()), found[::2])
-
-
-@pytest.mark.parametrize(
-    ("entry", "words"),
-    [
-        ({"seen": "A"}, "base64"),
-        ({"seen": 3}, "base64"),
-        ({"seen": "AAA="}, "whole words"),
-        ({"said": None}, "base64"),
-        ({"said": ""}, "said of each sample"),
-        ({"seen": "AAAAAA==", "said": "AwAAAA=="}, "0 to 2"),
-        ({"seen": "AAAAAA==", "said": "/f///w=="}, "0 to 2"),
-    ],
-)
-def test_untrusted_claims(entry: dict[str, Any], words: str) -> None:
-    good = kept(tuned())
-    claims = {**good.config["left_out"], **entry}
-    for config in ({**good.config, "left_out": claims}, {**good.config, "left_out": "yes"}):
-        bad = Adapter(good.method, good.rank, good.spec, good.base_hash, good.tensors, config)
-        with pytest.raises(FileError, match="must be an object" if config["left_out"] == "yes" else words):
-            check_claims(bad)
-        with pytest.raises(FileError):
-            decide(tuned(), X, bad)
+def test_adapters_from_python_remember_too() -> None:
+    """What was learnt by heart and never judged cannot be asked: there is only the frozen network to compare with."""
+    t = tuned(method="ft-all", epochs=100)
+    assert decide(tuned(), X, t.adapter) == decide(tuned(), X, None)
+    new = decide(tuned(), X, tuned(X[:50], Y[:50], method="ft-all", epochs=100).adapter)
+    assert new.n == 100

@@ -233,7 +233,7 @@ def test_bench(here: Path, run: Run) -> None:
 
 
 def test_replacing_an_adapter(here: Path, run: Run) -> None:
-    assert run(*FINETUNE, "adapter", "--method", "lora-last")[0] == 0
+    assert run(*FINETUNE, "adapter", "--method", "lora-last", "--force")[0] == 0
     assert Adapter.load("adapter").method == "lora-last"
 
 
@@ -496,7 +496,7 @@ def test_a_full_disk(here: Path) -> None:
     before, adapter = names(here), Path("adapter/adapter_model.safetensors").read_bytes()
     for arguments in (
         (*FINETUNE, "new"),
-        (*FINETUNE, "adapter", "--method", "ft-all"),
+        (*FINETUNE, "adapter", "--method", "ft-all", "--force"),
         ("pretrain", "dnn", "--data", "ft.npz", "--out", "b.safetensors", "--epochs", 1, "--engine", "reference"),
         ("predict", "base.safetensors", "--data", "ft.npz", "--out", "y.npz", "--engine", "reference"),
         (*FINETUNE, "new", "--cache-file", "cache"),

@@ -90,5 +90,5 @@ def test_epochs_follow_the_held_out_loss(engine: Engine) -> None:
         )
         for y in (Y, noise)
     ]  # fmt: skip
-    assert found[0] == STAIRS[-1]
-    assert found[1] <= STAIRS[3]
+    assert found[0] >= STAIRS[4]
+    assert found[1] < found[0]

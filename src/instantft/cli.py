@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -331,7 +331,7 @@ def finetune(
     The new adapter is kept if samples that it was not fitted to say that it is better than the one in the directory
     or, without one, than the frozen network.
     """
-    from .acceptance import decide, signed, untrained
+    from .acceptance import decide, untrained
     from .adapters import CONFIG_FILE, check_target
     from .data import load_samples
     from .solvers.sgd import FitResult
@@ -420,7 +420,8 @@ def finetune(
     result["accepted"] = decision.accepted
     # Whoever uses the adapter must preprocess as it was done here.
     other = {"mean": list(means), "std": list(stds)} if (means, stds) != (network.mean, network.std) else {}
-    adapter = signed(adapter, samples.x, tuner.left_out(), decision, **other)
+    said = {"accuracy": decision.after, "samples": decision.n}
+    adapter = replace(tuner.adapter, config={**tuner.adapter.config, **other, "estimate": said})
     kept, was_there = decision.accepted or force, Path(out, CONFIG_FILE).exists()
     if kept:
         adapter.save(out)
@@ -777,15 +778,15 @@ def _preprocessing(
 
 def _adapter_in_use(out: str, network: Network, means: tuple[float, ...], stds: tuple[float, ...]) -> Adapter | None:
     """The adapter in a directory, if it can be compared with a new one."""
-    from .acceptance import check_claims
     from .adapters import CONFIG_FILE, Adapter
+    from .claims import claims
     from .errors import MismatchError
 
     if not Path(out, CONFIG_FILE).exists():
         return None
     try:
         adapter = Adapter.load(out, network)
-        check_claims(adapter)
+        claims(adapter)
         if _preprocessing(network, None, None, adapter) == (means, stds):
             return adapter
         why = "it was made for samples with another --mean and --std"

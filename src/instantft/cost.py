@@ -100,6 +100,10 @@ def cost(spec: NetSpec, m: Method, rank: int) -> Cost:
     )
 
 
+MATRICES = 6
+"""Matrices of the size of the system that a closed-form fit holds at its peak, as measured."""
+
+
 @dataclass(frozen=True)
 class Solve:
     """What one closed-form fit of T samples costs, beside the frozen network's pass over them.
@@ -107,7 +111,7 @@ class Solve:
     Attributes:
         space: "dual", a system of T samples, or "primal", one of D+1 features: the smaller.
         flops: products of features, Cholesky factor and its inverse, solution; choosing λ is not counted.
-        memory: bytes of the records, the system and its factor, in float32.
+        memory: bytes of the records and of MATRICES matrices, in float32.
     """
 
     space: str
@@ -123,7 +127,7 @@ def closed_form(spec: NetSpec, T: int) -> Solve:
     products = T * (T + 1) * D if dual else T * (D + 1) * (D + 2)
     flops = products + 2 * n**3 // 3 + 2 * n * n * C + 2 * T * D * C
     records = min(T, 1024) if not dual else T
-    return Solve("dual" if dual else "primal", flops, 4 * (records * D + 2 * n * n))
+    return Solve("dual" if dual else "primal", flops, 4 * (records * D + MATRICES * n * n))
 
 
 def _forward(spec: NetSpec) -> int:

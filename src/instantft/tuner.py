@@ -21,6 +21,7 @@ from .adapters import Adapter
 from .backbones.builtin import Network
 from .cache.codecs import codec
 from .cache.store import Store, memory_store, open_store
+from .claims import UNKNOWN, signed
 from .data import as_array, as_groups, as_labels, as_samples, warn_if_poor
 from .engine import Engine, Floats, forward, get_engine, parts
 from .errors import DataError, FileError, UsageError
@@ -34,7 +35,7 @@ from .solvers.ridge import MAX_SYSTEM, RidgeResult, fit_ridge
 from .solvers.stream import Stream
 from .solvers.streaming import check_stream
 
-__all__ = ["AUTO", "EPOCHS", "NEW", "UNKNOWN", "FineTuner", "HeldOut", "load", "probabilities"]
+__all__ = ["AUTO", "EPOCHS", "FineTuner", "HeldOut", "load", "probabilities"]
 
 Self = TypeVar("Self", bound="FineTuner")
 Result = sgd.FitResult | RidgeResult
@@ -69,9 +70,6 @@ EPOCHS = 10
 CHOICES = {"ridge": "skip-ridge", "sgd": "skip2-lora"}
 """What `auto` picks for each solver."""
 
-
-NEW, UNKNOWN = -1, -2
-"""What an adapter said of a left-out sample: nothing yet, but it may be asked; nothing, and it is too late."""
 
 MAX_NUMBER = 2**63 - 2
 """Largest sample number, so that the number after it is still an int64."""
@@ -287,6 +285,8 @@ class FineTuner:
             as `fit`; UsageError also for a `cache_file`, which belongs to one data set, and for skip-ridge with a rank.
         """
         m = self._check()
+        if self.method == AUTO and self._fitted_before():
+            m = self.method_  # what was picked goes on
         if self.cache_file is not None:
             raise UsageError("a cache_file must belong to one data set: use fit, or partial_fit without cache_file")
         rows, labels = self._samples(x, y)
@@ -348,6 +348,9 @@ class FineTuner:
             MismatchError: it was made on another network; both hashes are named.
         """
         adapter.check_base(self.base)
+        signed_ = getattr(self, "_signed", None)
+        if signed_ is not None and adapter is signed_[1]:
+            adapter = self._plain()
         if adapter is not getattr(self, "adapter_", None):
             self._fitted: _Samples | None = None  # what was fitted says nothing about this one
             self._stream = None
@@ -363,7 +366,7 @@ class FineTuner:
             UsageError: nothing was fitted yet.
             MismatchError: `base` was replaced since.
         """
-        adapter = self.adapter
+        adapter = self._plain()
         adapter.check_base(self.base)
         rows, _ = as_samples(x, self.base.spec, self.base.mean, self.base.std)
         tensors = {**self.base.tensors, **adapter.tensors}
@@ -386,11 +389,29 @@ class FineTuner:
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter.
+        """The adapter, with what it remembers of its samples (`claims`), so that a later one can be compared with it.
 
         Raises:
             UsageError: nothing was fitted yet.
         """
+        found = self._plain()
+        samples: _Samples | None = getattr(self, "_fitted", None)
+        if samples is None:
+            return found
+        held: HeldOut | None = getattr(self, "_held", None)
+        if held is None or held.adapter is not found:
+            held = self.left_out() if isinstance(self.result_, RidgeResult) else None  # SGD would have to train again
+        made = found, held
+        known: tuple[Any, Adapter] | None = getattr(self, "_signed", None)
+        if known is None or known[0] != made:
+            said = np.full(len(samples.x), UNKNOWN)
+            if held is not None:
+                said[held.judge.rows] = held.logits.argmax(axis=1)
+            known = self._signed = made, signed(found, samples.x, said, samples.groups is not None)
+        return known[1]
+
+    def _plain(self) -> Adapter:
+        """The adapter without what it remembers."""
         found: Adapter | None = getattr(self, "adapter_", None)
         if found is None:
             raise UsageError("fit must come before predict, score and adapter, but nothing was fitted yet")
@@ -406,8 +427,8 @@ class FineTuner:
 
         Args:
             against: the other adapter; None: the frozen network.
-            said: (T,) what it said of each sample of the last fit when that was left out; NEW: it was not fitted to the
-                sample and may be asked; UNKNOWN: it was, and cannot. None: all are new to it.
+            said: (T,) what it said of each sample of the last fit when that was left out; `claims.NEW`: it was not
+                fitted to the sample and may be asked; `claims.UNKNOWN`: it was, and cannot. None: all are new to it.
 
         Raises:
             UsageError: nothing was fitted yet, or no sample is left to judge by.
@@ -527,6 +548,11 @@ class FineTuner:
             m = METHODS[CHOICES[solver]]
         return m
 
+    def _fitted_before(self) -> bool:
+        """Whether the adapter is one that this tuner has fitted to `base` by a method that auto may pick."""
+        picked: Method | None = getattr(self, "method_", None)
+        return picked is not None and picked.name == self._plain().method and picked.name in CHOICES.values()
+
     def _warn(self, m: Method, y: NDArray[np.int32]) -> None:
         """Of what can be done, but is probably not what was meant."""
         warn_if_poor(y, self.batch_size if m.solver == "sgd" else 1, self.base.spec.C)
@@ -573,7 +599,7 @@ class FineTuner:
         if name is None:
             return None
         old: Store | None = getattr(self, "store_", None)
-        if old is not None and (old.codec.name, self.adapter.base_hash) != (name, self.base.hash):
+        if old is not None and (old.codec.name, self._plain().base_hash) != (name, self.base.hash):
             old = None
         needed = int(numbers.max()) + 1
         if self.cache_capacity is not None:
@@ -660,14 +686,14 @@ class FineTuner:
             )
         m, stream = self._check(), getattr(self, "_stream", None)
         if stream is not None:
-            self.adapter.check_base(self.base)
+            self._plain().check_base(self.base)
         else:
             stream = Stream(
                 self._engine(), self.base,
                 seed=self.seed, threads=self.threads, forgetting=self.forgetting, support=self.support,
             )  # fmt: skip
             before: _Samples | None = getattr(self, "_fitted", None)
-            if before is not None and self.adapter.method == m.name and self.adapter.base_hash == self.base.hash:
+            if before is not None and self._plain().method == m.name and self._plain().base_hash == self.base.hash:
                 stream.learn(before.x, before.y, before.numbers, self._grown(m, before.numbers))
         store = self._grown(m, samples.numbers)
         with _flushed(store):
@@ -725,7 +751,7 @@ class FineTuner:
         self.n_features_in_ = self.base.spec.tap_widths[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeldOut:
     """Samples that were left out, and what was said of them without them.
 

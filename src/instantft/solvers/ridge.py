@@ -54,8 +54,8 @@ FEW, MANY = 256, 512
 HELPS = 1.0
 """Standard errors by which the log loss of left-out blocks must fall for the frozen output to be mixed in."""
 
-MAX_SYSTEM = 20_000
-"""Largest system that is factorised, in rows: 3.2 GB in float64."""
+MAX_SYSTEM = 10_000
+"""Largest system that is factorised, in rows: 2.4 GB for six matrices in float32, twice that in float64."""
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,8 @@ class Stream:
         elif self._support is not None and self._kept >= GROWTH * self._support:
             self.samples()
         self._known.update(int(n) for n in batch[2])
+        if self._parts is not None and len(self._known) > GROWTH * self._kept:
+            self._known = {int(n) for part in self._parts for n in part[2]}
         return self.adapter()
 
     def _choose(self, batch: Batch, store: Store | None) -> None:
