@@ -1,5 +1,6 @@
 """What an adapter says about the samples it was fitted to: their fingerprints, and what it would have said of those
-that were left out when it was judged. By this a later adapter is compared with it on samples that neither was fitted to.
+that were left out when it was judged. By this a later adapter is compared with it on samples that neither was fitted
+to.
 """
 
 from __future__ import annotations
