@@ -21,6 +21,7 @@ from .spec import LayerSpec, NetSpec, dnn, lenet5
 if TYPE_CHECKING:
     from .adapters import Adapter
     from .backbones.builtin import Network
+    from .backbones.onnx import from_onnx
     from .tuner import FineTuner, load
 
     __version__: str
@@ -40,6 +41,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "dnn",
+    "from_onnx",
     "lenet5",
     "load",
 ]
@@ -48,6 +50,7 @@ _LATER = {
     "Adapter": "adapters",
     "FineTuner": "tuner",
     "Network": "backbones.builtin",
+    "from_onnx": "backbones.onnx",
     "load": "tuner",
 }
 

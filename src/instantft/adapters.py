@@ -281,7 +281,7 @@ def initial(m: Method, spec: NetSpec, rank: int, seed: int) -> dict[str, Floats]
         ``lora.I-J.A`` (N, R) and ``lora.I-J.B`` (R, M); nothing for methods without adapters.
     """
     tensors: dict[str, Floats] = {}
-    for i, j in connections(m, spec.L):
+    for i, j in connections(m, spec.L, spec.first_tap):
         N, M = spec.geometry[i].N, spec.geometry[j - 1].M
         rng = np.random.default_rng([seed, 2, i])
         tensors[f"lora.{i}-{j}.A"] = (rng.standard_normal((N, rank)) / math.sqrt(N)).astype(np.float32)

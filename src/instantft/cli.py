@@ -112,6 +112,9 @@ _threads_option = click.option("--threads", default=1, show_default=True, help="
 _seed_option = click.option("--seed", default=0, show_default=True, help="Decides the whole result.")
 _batch_option = click.option("--batch-size", default=20, show_default=True)
 _adapter_option = click.option("--adapter", metavar="DIR", help="Adapter to use with it. [default: none]")
+_taps_option = click.option(
+    "--taps", metavar="T[,T…]", help="Of an ONNX model: names, patterns, NAME@GRID, or auto[:BYTES]. [default: auto]"
+)
 _history_option = click.option("--history", is_flag=True, help="Loss and accuracy of every epoch.")
 
 
@@ -292,6 +295,7 @@ def pretrain(
 @click.option("--space", default="auto", show_default=True, help="Where SGD makes its steps: auto, primal or dual.")
 @click.option("--rank", type=int, help="Of the adapters. [default: 4; full for skip-ridge]")
 @click.option("--lift", metavar="KIND", help="arccos or nystrom: a kernel of the taps, where that helps skip-ridge.")
+@_taps_option
 @click.option("--groups", metavar="KEY", help="Integers in --data: samples of a group are left out together.")
 @_seed_option
 @_threads_option
@@ -316,6 +320,7 @@ def finetune(
     space: str,
     rank: int | None,
     lift: str | None,
+    taps: str | None,
     groups: str | None,
     seed: int,
     threads: int,
@@ -338,8 +343,8 @@ def finetune(
     from .tuner import FineTuner
     from .tuner import load as load_base
 
-    network = load_base(base)
-    chosen = _engine(engine)
+    network = load_base(base, taps)
+    chosen = network.bind(_engine(engine))
     tuner = FineTuner(
         network,
         method=method,
@@ -447,10 +452,12 @@ def finetune(
             f"calibration error {fitted.calibration_error:.1%}"
         )
         if lift is not None:
-            cost = result["lift"]
+            cost, many = result["lift"], ""
+            if cost:
+                macs = cost["network_macs"]
+                many = f"{1 + cost['macs'] / macs:.2f}× the network's" if macs else f"{cost['macs']:,} more"
             click.echo(
-                f"lift     {lift}: a prediction takes {1 + cost['macs'] / cost['network_macs']:.2f}× the network's "
-                f"multiply-adds, {cost['bytes'] / 1000:,.1f} kB more"
+                f"lift     {lift}: a prediction takes {many} multiply-adds, {cost['bytes'] / 1000:,.1f} kB more"
                 if cost
                 else f"lift     {lift} does not help here, so there is none"
             )
@@ -592,8 +599,9 @@ def predict(
 @click.argument("path", metavar="BASE|DIR")
 @click.option("--rank", type=int, help="Of the adapters whose cost is shown. [default: 4; full for skip-ridge]")
 @click.option("--samples", default=1024, show_default=True, help="For the cost of skip-ridge, which has no steps.")
+@_taps_option
 @_json_option
-def inspect(path: str, rank: int | None, samples: int, as_json: bool) -> None:
+def inspect(path: str, rank: int | None, samples: int, taps: str | None, as_json: bool) -> None:
     """Layers, taps, shapes, parameters, FLOPs, and bytes a sample in the cache."""
     from . import lift
     from .adapters import Adapter
@@ -619,18 +627,46 @@ def inspect(path: str, rank: int | None, samples: int, as_json: bool) -> None:
         }
         rank = adapter.rank
     else:
-        network = load_base(path)
+        network = load_base(path, taps)
         spec = network.spec
         result = {"kind": "base", "hash": network.hash, "mean": list(network.mean), "std": list(network.std)}
+        if not spec.own:
+            result["candidates"] = _candidates(network)
         result["lifts"] = {
             kind: _lift_cost(spec, lift.cost(spec, *lifting.size(kind, samples)))
             for kind in lifting.LIFTS
             if kind != "arccos" or samples <= lift.MAX_LANDMARKS
         }
-    result |= _described(spec, rank, samples)
+    result |= (_described if spec.own else _described_foreign)(spec, rank, samples)
     if as_json:
         return _print_json(result)
-    _print_inspection(path, result)
+    (_print_inspection if spec.own else _print_foreign)(path, result)
+
+
+@commands.group()
+def export() -> None:
+    """An adapted network for other programs."""
+
+
+@export.command("onnx")
+@click.argument("base")
+@_adapter_option
+@click.option("--out", required=True, metavar="FILE", help="Where the ONNX model goes.")
+@_json_option
+def export_onnx(base: str, adapter: str | None, out: str, as_json: bool) -> None:
+    """One ONNX file of the network BASE with its adapter as ordinary nodes.
+
+    Any runtime can run it; it needs nothing of instantft.
+    """
+    from .export.onnx import export_onnx
+
+    _check_file_target(out, {"BASE": base})
+    network, loaded = _adapted(base, adapter)
+    export_onnx(network, loaded, out)
+    size = Path(out).stat().st_size
+    if as_json:
+        return _print_json({"out": out, "bytes": size, "method": loaded.method if loaded else None})
+    click.echo(f"{out}: {size:,} bytes")
 
 
 @commands.command()
@@ -798,6 +834,17 @@ def _adapter_in_use(out: str, network: Network, means: tuple[float, ...], stds: 
     return None
 
 
+def _adapted(base: str, adapter_path: str | None) -> tuple[Network, Adapter | None]:
+    """The network in a file, with the taps of an adapter, and that adapter."""
+    from .adapters import Adapter
+    from .tuner import load as load_base
+
+    if adapter_path is None:
+        return load_base(base), None
+    network = load_base(base, adapter=Adapter.load(adapter_path))
+    return network, Adapter.load(adapter_path, network)
+
+
 def _check_file_target(out: str, inputs: Mapping[str, str | None]) -> None:
     """Refuse, before any work is done, a place where no file can come to be, and a file that is read as well."""
     from . import files
@@ -818,17 +865,14 @@ def _forward(
     engine: str | None,
     labels: bool,
 ) -> tuple[Network, Engine, Samples, Floats]:
-    from .adapters import Adapter
     from .data import load_samples
     from .solvers import sgd
-    from .tuner import load as load_base
 
     sgd.check_arguments(threads=threads)
-    network = load_base(base)
-    adapter = Adapter.load(adapter_path, network) if adapter_path else None
+    network, adapter = _adapted(base, adapter_path)
     means, stds = _preprocessing(network, mean, std, adapter)
     samples = load_samples(data, network.spec, means, stds, labels=labels)
-    chosen = _engine(engine)
+    chosen = network.bind(_engine(engine))
     return network, chosen, samples, _logits(chosen, network, adapter, samples, threads)
 
 
@@ -913,6 +957,76 @@ def _described(spec: NetSpec, rank: int | None, T: int) -> dict[str, Any]:
     }
 
 
+def _candidates(network: Network) -> list[dict[str, Any]]:
+    """Every value of an ONNX model that could be a tap."""
+    from .backbones.onnx import OnnxNetwork
+
+    assert isinstance(network, OnnxNetwork)
+    entry, chosen = network.model.inputs[0].name, {tap.value: tap for tap in network.taps}
+    return [
+        {
+            "name": tap.value,
+            "shape": list(tap.shape),
+            "bytes": 4 * tap.width,
+            "chosen": chosen[tap.value].name
+            if tap.value in chosen
+            else (entry if tap.value == entry and network.spec.input_tap else None),
+        }
+        for tap in network.candidates
+    ]
+
+
+def _described_foreign(spec: NetSpec, rank: int | None, T: int) -> dict[str, Any]:
+    """What is known of a network that somebody else runs."""
+    from .cache.codecs import CODECS
+    from .cost import closed_form
+    from .methods import METHODS, own_rank, parameters
+
+    methods = []
+    for m in METHODS.values():
+        if m.rows_only:
+            R = own_rank(m, spec) if rank is None else rank
+            methods.append({"method": m.name, "rank": R, "trainable_parameters": parameters(m, spec, R)})
+    return {
+        "input_shape": list(spec.input_shape),
+        "classes": spec.C,
+        "taps": [
+            {"name": f"x{k}", "size": n, "value": spec.layers[k - 1].name if k else "the input"}
+            for k, n in enumerate(spec.tap_widths)
+            if k >= spec.first_tap
+        ],
+        "logits": spec.layers[-1].name,
+        "record_floats": spec.record.size,
+        "cache_bytes_per_sample": {name: c.bytes_per_sample(spec.record) for name, c in CODECS.items()},
+        "methods": methods,
+        "closed_form": {"samples": T, **asdict(closed_form(spec, T))},
+    }
+
+
+def _print_foreign(path: str, r: dict[str, Any]) -> None:
+    from .table import format_table
+
+    what = "adapter" if r["kind"] == "adapter" else "ONNX model"
+    click.echo(f"{what} {path}: input {_shape(r['input_shape'])}, {r['classes']} classes in {r['logits']}")
+    click.echo(f"of base {r['base_hash']}" if r["kind"] == "adapter" else f"hash {r['hash']} (with these taps)")
+    if "candidates" in r:
+        rows = [(c["name"], _shape(c["shape"]), f"{c['bytes']:,}", c["chosen"] or "–") for c in r["candidates"]]
+        click.echo("\nCandidates for --taps:")
+        click.echo(format_table(("value", "shape", "bytes a sample", "chosen"), rows))
+    click.echo("\nTaps:")
+    click.echo(format_table(("tap", "value", "width"), [(t["name"], t["value"], f"{t['size']:,}") for t in r["taps"]]))
+    click.echo()
+    methods = [(m["method"], m["rank"], f"{m['trainable_parameters']:,}") for m in r["methods"]]
+    click.echo(format_table(("method", "rank", "parameters"), methods))
+    solve = r["closed_form"]
+    click.echo(
+        f"\nskip-ridge solves one system ({solve['space']}): {_flops(solve['flops'])} and "
+        f"{solve['memory'] / 1e6:,.1f} MB for {solve['samples']:,} samples."
+    )
+    click.echo(f"\nCache, {r['record_floats']:,} values a sample:")
+    click.echo(format_table(("codec", "bytes"), [(k, f"{v:,}") for k, v in r["cache_bytes_per_sample"].items()]))
+
+
 def _lift_cost(spec: NetSpec, c: LiftCost | None) -> dict[str, Any] | None:
     """What a lift adds to the prediction of one sample, beside the network's own."""
     from .cost import linear_macs, network_parameters
@@ -924,8 +1038,8 @@ def _lift_cost(spec: NetSpec, c: LiftCost | None) -> dict[str, Any] | None:
         "landmarks": c.landmarks,
         "macs": c.macs,
         "bytes": c.bytes,
-        "network_macs": sum(linear_macs(spec)),
-        "network_bytes": 4 * network_parameters(spec),
+        "network_macs": sum(linear_macs(spec)) if spec.own else None,
+        "network_bytes": 4 * network_parameters(spec) if spec.own else None,
     }
 
 

@@ -164,7 +164,7 @@ def logits(spec: NetSpec, tensors: Mapping[str, Floats], x: Floats, records: Flo
     for start in range(0, len(x), count):
         at = slice(start, start + count)
         *behind, c = (records[at, s.offset : s.offset + s.size] for s in spec.record.segments)
-        taps = [x[at], *behind]
+        taps = [x[at, : spec.tap_widths[0]], *behind]
         y[at] = gain * c + bias
         for k, tap in enumerate(taps):
             name = f"lora.{k}-{spec.L}"

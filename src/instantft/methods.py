@@ -117,17 +117,23 @@ def _reaches(scope: Scope, k: int, L: int) -> bool:
     return scope == "all" or (scope == "last" and k == L - 1)
 
 
-def connections(m: Method, L: int) -> list[tuple[int, int]]:
-    """The adapters i→j of the row: from tap x^i to layer output x^j (before batch norm), in order of i."""
+def connections(m: Method, L: int, first: int = 0) -> list[tuple[int, int]]:
+    """The adapters i→j of the row: from tap x^i to layer output x^j (before batch norm), in order of i.
+
+    Args:
+        m: the row.
+        L: number of layers.
+        first: number of the first tap, `NetSpec.first_tap`.
+    """
     match m.adapters:
         case "none":
             return []
         case "last":
             return [(L - 1, L)]
         case "layers":
-            return [(k, k + 1) for k in range(L)]
+            return [(k, k + 1) for k in range(first, L)]
         case "skip":
-            return [(k, L) for k in range(L)]
+            return [(k, L) for k in range(first, L)]
 
 
 def trainable(m: Method, spec: NetSpec, rank: int) -> dict[str, tuple[int, ...]]:
@@ -147,7 +153,7 @@ def trainable(m: Method, spec: NetSpec, rank: int) -> dict[str, tuple[int, ...]]
             or (name.endswith(".bn.bias") and m.norms != "frozen")
         ):
             shapes[name] = shape
-    for i, j in connections(m, spec.L):
+    for i, j in connections(m, spec.L, spec.first_tap):
         shapes[f"lora.{i}-{j}.A"] = (spec.geometry[i].N, rank)
         shapes[f"lora.{i}-{j}.B"] = (rank, spec.geometry[j - 1].M)
     return shapes

@@ -4,6 +4,9 @@ A network is a row of L layers. Each layer is a linear map (``fc`` or ``conv``, 
 asked for and in this order, batch norm, ReLU, and max pooling with a square window as wide as its stride. Where an
 ``fc`` follows a ``conv`` the feature map is flattened (channel, row, column). The last layer is a bare ``fc``.
 
+A network that somebody else runs (backbones/onnx.py) is a row of ``foreign`` layers, each of which stands for whatever
+lies between two of its taps. They have no tensors here.
+
 Letters, as in the papers: L layers, N and M input and output width of a layer, C outputs, x^k the input of layer k
 (counted from 0), x^L the output before softmax.
 
@@ -45,14 +48,16 @@ def pad(n: int) -> int:
 class LayerSpec:
     """One layer: linear map, then batch norm, ReLU and max pooling where asked for, in this order."""
 
-    kind: Literal["fc", "conv"]
+    kind: Literal["fc", "conv", "foreign"]
     out: int
-    """Outputs (fc) or output channels (conv)."""
+    """Outputs (fc, foreign) or output channels (conv)."""
     kernel: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     batch_norm: bool = False
     relu: bool = False
     pool: int = 1
+    name: str = ""
+    """Of a foreign layer: how its backbone calls what comes out of it."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,7 @@ class NetSpec:
     Args:
         input_shape: (N,) or (channels, height, width).
         layers: the L layers, first to last.
+        input_tap: whether x^0 is a tap; False only for foreign networks, whose input may be far wider than any tap.
 
     Raises:
         UsageError: the layers do not fit together.
@@ -128,9 +134,12 @@ class NetSpec:
 
     input_shape: tuple[int, ...]
     layers: tuple[LayerSpec, ...]
+    input_tap: bool = True
 
     def __post_init__(self) -> None:
         _ = self.geometry  # resolves every shape once, and so refuses what does not fit
+        if self.own and not self.input_tap:
+            raise UsageError("x^0 must be a tap of networks of our own")
 
     @property
     def L(self) -> int:
@@ -141,6 +150,16 @@ class NetSpec:
     def C(self) -> int:
         """Number of outputs (classes)."""
         return self.layers[-1].out
+
+    @property
+    def own(self) -> bool:
+        """Whether the engines of this package can run it; False: it is foreign."""
+        return self.layers[0].kind != "foreign"
+
+    @property
+    def first_tap(self) -> int:
+        """Number of the first tap: 0, or 1 where the sample itself is none."""
+        return 0 if self.input_tap else 1
 
     @cached_property
     def geometry(self) -> tuple[Geometry, ...]:
@@ -163,8 +182,8 @@ class NetSpec:
 
     @cached_property
     def tap_widths(self) -> tuple[int, ...]:
-        """N of x^0 … x^{L-1}."""
-        return tuple(g.N for g in self.geometry)
+        """N of x^0 … x^{L-1}; 0 for an x^0 that is no tap."""
+        return tuple(g.N if k >= self.first_tap else 0 for k, g in enumerate(self.geometry))
 
     @cached_property
     def parameters(self) -> dict[str, tuple[int, ...]]:
@@ -173,6 +192,8 @@ class NetSpec:
         ``layers.K.weight`` is (N, M) for fc and (out, in, kh, kw) for conv.
         """
         shapes: dict[str, tuple[int, ...]] = {}
+        if not self.own:
+            return shapes
         for k, (layer, g) in enumerate(zip(self.layers, self.geometry, strict=True)):
             if layer.kind == "fc":
                 shapes[f"layers.{k}.weight"] = (g.N, layer.out)
@@ -186,6 +207,12 @@ class NetSpec:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain values; `from_json` undoes it."""
+        if not self.own:
+            return {
+                "input_shape": list(self.input_shape),
+                "input_tap": self.input_tap,
+                "layers": [{"kind": y.kind, "out": y.out, "relu": y.relu, "name": y.name} for y in self.layers],
+            }
         return {
             "input_shape": list(self.input_shape),
             "layers": [
@@ -211,7 +238,9 @@ class NetSpec:
         """
         try:
             layers = tuple(
-                LayerSpec(
+                LayerSpec("foreign", _integer(y["out"]), relu=bool(y["relu"]), name=str(y["name"]))
+                if y["kind"] == "foreign"
+                else LayerSpec(
                     kind=y["kind"],
                     out=_integer(y["out"]),
                     kernel=(_integer(y["kernel"][0]), _integer(y["kernel"][1])),
@@ -228,7 +257,7 @@ class NetSpec:
                 f"a network description must list input_shape and layers with all their fields, "
                 f"but reading it failed at {e!r}"
             ) from None
-        return cls(shape, layers)
+        return cls(shape, layers, bool(d.get("input_tap", True)))
 
 
 def _integer(value: Any) -> int:
@@ -248,13 +277,18 @@ def _resolve(shape: tuple[int, ...], layers: tuple[LayerSpec, ...]) -> tuple[Geo
         raise UsageError(f"a network must have 1 to {MAX_LAYERS} layers, not {len(layers)}")
     resolved: list[Geometry] = []
     parameters = 0
+    foreign = layers[0].kind == "foreign"
     for k, layer in enumerate(layers):
         if layer.out < 1 or layer.out > MAX_WIDTH:
             raise UsageError(f"layer {k}: outputs must be 1 to {MAX_WIDTH}, not {layer.out}")
-        if layer.kind == "fc":
+        if (layer.kind == "foreign") != foreign:
+            raise UsageError(f"layer {k}: layers must be all foreign or all of our own kinds, not both")
+        if foreign:
+            linear: tuple[int, ...] = (layer.out,)
+        elif layer.kind == "fc":
             if layer.pool != 1:
                 raise UsageError(f"layer {k}: pooling needs a feature map, but an fc layer yields a vector")
-            linear: tuple[int, ...] = (layer.out,)
+            linear = (layer.out,)
             parameters += layer.out * math.prod(shape)
         elif layer.kind == "conv":
             if len(shape) != 3:
@@ -276,7 +310,7 @@ def _resolve(shape: tuple[int, ...], layers: tuple[LayerSpec, ...]) -> tuple[Geo
         resolved.append(Geometry(shape, linear, out))
         shape = out
     last = layers[-1]
-    if last.kind != "fc" or last.batch_norm or last.relu:
+    if last.kind == "conv" or last.batch_norm or last.relu:
         raise UsageError("the last layer must be a bare fc, whose outputs are the logits")
     return tuple(resolved)
 

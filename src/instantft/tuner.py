@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -75,12 +76,24 @@ MAX_NUMBER = 2**63 - 2
 """Largest sample number, so that the number after it is still an int64."""
 
 
-def load(path: str | PathLike[str]) -> Network:
-    """The base network in a ``.safetensors`` file of ours.
+def load(path: str | PathLike[str], taps: str | None = None, adapter: Adapter | None = None) -> Network:
+    """The base network in a ``.safetensors`` file of ours, or in an ``.onnx`` file (extra ``[onnx]``).
+
+    Args:
+        path: the file.
+        taps: of an ONNX model, as `from_onnx` takes them.
+        adapter: made on an ONNX model; the network gets the taps that it was made with.
 
     Raises:
         FileError: missing, truncated, damaged, or with a wrong hash.
+        UsageError: taps are given for a network of ours, which has its own.
     """
+    if Path(path).suffix.lower() == ".onnx":
+        from .backbones.onnx import from_onnx
+
+        return from_onnx(path, taps, like=None if adapter is None or adapter.spec.own else adapter.spec)
+    if taps is not None:
+        raise UsageError(f"taps must be given for ONNX models only, not for {path}")
     return Network.load(path)
 
 
@@ -356,7 +369,7 @@ class FineTuner:
             self._stream = None
         self.adapter_ = adapter
         self.classes_ = np.arange(self.base.spec.C)
-        self.n_features_in_ = self.base.spec.tap_widths[0]
+        self.n_features_in_ = self.base.spec.geometry[0].N
         return self
 
     def decision_function(self, x: ArrayLike) -> Floats:
@@ -488,6 +501,7 @@ class FineTuner:
         if not isinstance(self.base, Network):
             raise UsageError(f"base must be a Network, as load() returns it, not {type(self.base).__name__}")
         m = self.row(T)
+        self.base.check_method(m)
         sgd.check_arguments(
             rank=1 if self.rank is None else self.rank,
             epochs=EPOCHS if self.epochs is None else self.epochs,
@@ -570,7 +584,8 @@ class FineTuner:
         return None if self.cache == "none" else self.cache
 
     def _engine(self) -> Engine:
-        return get_engine(self.engine) if self.engine is None or isinstance(self.engine, str) else self.engine
+        named = self.engine is None or isinstance(self.engine, str)
+        return self.base.bind(get_engine(self.engine) if named else self.engine)  # type: ignore[arg-type]
 
     def _samples(self, x: ArrayLike, y: ArrayLike) -> tuple[Floats, NDArray[np.int32]]:
         rows, _ = as_samples(x, self.base.spec, self.base.mean, self.base.std)
@@ -748,7 +763,7 @@ class FineTuner:
         self._fitted = samples
         self.next_number_ = next_number
         self.classes_ = np.arange(self.base.spec.C)
-        self.n_features_in_ = self.base.spec.tap_widths[0]
+        self.n_features_in_ = self.base.spec.geometry[0].N
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import files
+from ..engine import Engine
 from ..errors import FileError, UsageError
+from ..methods import Method
 from ..spec import NetSpec
 
 __all__ = ["FORMAT", "VERSION", "Network"]
@@ -104,6 +106,17 @@ class Network:
             rng = np.random.default_rng([seed, 0, k, int(name.endswith("bias"))])
             tensors[name] = ((2.0 * rng.random(shape, np.float32) - 1.0) / math.sqrt(fan_in)).astype(np.float32)
         return cls(spec, tensors, mean, std)
+
+    def bind(self, engine: Engine) -> Engine:
+        """The engine that runs this network: `engine` itself, for networks of our own."""
+        return engine
+
+    def check_method(self, m: Method) -> None:
+        """See that this network can be adapted by a method; those of our own can be by all.
+
+        Raises:
+            UsageError: it cannot.
+        """
 
     def widened(self) -> Network:
         """The network with one more class, whose logit is the mean of the others, so that it is never the largest.

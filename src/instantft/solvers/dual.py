@@ -57,7 +57,7 @@ def taps_in_dual(
     Args:
         space: "primal": none; "dual": all; "auto": those where it pays (`cost.spaces`).
         method: the row.
-        widths: N_k of all taps.
+        widths: N_k of all taps; 0 for an x^0 that is none.
         T, rank, epochs, batch_size: of the run.
 
     Raises:
@@ -67,7 +67,7 @@ def taps_in_dual(
     check_space(space, method)
     if not method.rows_only:
         return ()
-    used = [widths[i] for i, _ in connections(method, len(widths))]
+    used = [widths[i] for i, _ in connections(method, len(widths), int(widths[0] == 0))]
     if space == "primal":
         return (False,) * len(used)
     chosen = cost.spaces(used, T, rank, epochs, batch_size, always=space == "dual")
@@ -135,7 +135,7 @@ class DualTrainer:
         self._A0: dict[str, Floats] = {}
         self._taps: list[_Tap] = []
         B, at = [], 0
-        for (i, j), in_dual in zip(connections(method, records.spec.L), dual, strict=True):
+        for (i, j), in_dual in zip(connections(method, records.spec.L, records.spec.first_tap), dual, strict=True):
             name = f"lora.{i}-{j}"
             A = np.array(tensors[f"{name}.A"], np.float32)
             B.append(tensors[f"{name}.B"])

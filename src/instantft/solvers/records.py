@@ -54,6 +54,7 @@ class Records:
     ) -> None:
         self._engine, self._base, self._threads = engine, base, threads
         self._x, self._numbers, self._store = x, numbers, store
+        self._x0 = x if base.spec.input_tap else x[:, :0]
         self._rows: Floats | None = None
         self.spec: NetSpec = base.spec
         self.dense: Dense = engine.dense
@@ -73,7 +74,7 @@ class Records:
     def taps(self, which: slice | Rows) -> list[Floats]:
         """x^0 … x^{L-1} of some samples, (n, N_k) each."""
         rows = self._rows[which] if self._rows is not None else self._read(which)
-        return [self._x[which], *(rows[:, a:b] for a, b in self._places)]
+        return [self._x0[which], *(rows[:, a:b] for a, b in self._places)]
 
     def chunks(self, size: int = CHUNK) -> Iterator[slice]:
         """All samples, `size` at a time."""

@@ -287,15 +287,18 @@ def _choose(
 ) -> selection.Choice:
     """λ and weights, found on few samples."""
     T, L, C = len(records), records.spec.L, records.spec.C
+    first = records.spec.first_tap
     if isinstance(taps, str):
         if taps not in ("auto", "all"):
             raise UsageError(f"taps must be 'auto', 'all' or numbers of taps, not {taps!r:.60}")
-        # The ladder has three weights at most: of the raw input, of the first tap behind it, and of all others.
-        weights = (1.0,) * L
-        parts = [(0,), (1,), tuple(range(2, L))][: min(L, 3)] if taps == "auto" else alike(weights)
+        # The ladder has three weights at most: of the first tap, as a rule the raw input, of the next, of all others.
+        weights = tuple(float(k >= first) for k in range(L))
+        parts = [(first,), (first + 1,), tuple(range(first + 2, L))][: min(L - first, 3)]
+        if taps == "all":
+            parts = alike(weights)
     else:
-        if not set(taps) or not set(taps) <= set(range(L)):
-            raise UsageError(f"taps must be some of 0 to {L - 1}, not {list(taps)!r:.60}")
+        if not set(taps) or not set(taps) <= set(range(first, L)):
+            raise UsageError(f"taps must be some of {first} to {L - 1}, not {list(taps)!r:.60}")
         weights = tuple(float(k in set(taps)) for k in range(L))
         parts = alike(weights)
 
@@ -316,7 +319,7 @@ def _choose(
                 for part in parts:  # wanted for the system anyway; the samples are cut out of them
                     records.triangle(part)
         found = selection.choose(sample(FEW), (lambda: sample(MANY)) if T > FEW else None)
-        weights = tuple(found.weights[min(k, 2)] for k in range(L))
+        weights = tuple(found.weights[min(k - first, 2)] if k >= first else 0.0 for k in range(L))
     else:
         few = sample(FEW)
         found = selection.with_weights(few, (1.0,) * len(parts))
@@ -345,7 +348,7 @@ def adapter_tensors(
         rank: R of the adapter.
     """
     tensors: dict[str, Floats] = {}
-    for k in range(spec.L):
+    for k in range(spec.first_tap, spec.L):
         nothing = np.zeros((spec.tap_widths[k], 0)), np.zeros((0, spec.C))
         A, B = padded(pairs.get(k, nothing), rank)
         tensors[f"lora.{k}-{spec.L}.A"] = (beta * A).astype(np.float32)

@@ -83,7 +83,7 @@ def features(records: Records, method: Method, rank: int, seed: int) -> Doubles:
     if method.adapters == "none":
         return np.concatenate([taps[-1], np.ones((len(rows), 1))], axis=1, dtype=np.float64)
     start = initial(method, spec, rank, seed)
-    parts = [taps[i] @ start[f"lora.{i}-{j}.A"] for i, j in connections(method, spec.L)]
+    parts = [taps[i] @ start[f"lora.{i}-{j}.A"] for i, j in connections(method, spec.L, spec.first_tap)]
     return np.concatenate(parts, axis=1, dtype=np.float64)
 
 
