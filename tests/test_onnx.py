@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +13,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from instantft import FineTuner, UsageError, from_onnx
+from instantft import FileError, FineTuner, MismatchError, UsageError, from_onnx
 from instantft.adapters import Adapter
 from instantft.backbones.builtin import Network
 from instantft.backbones.onnx import OnnxNetwork
+from instantft.cli import run as command_line
 from instantft.engine import get_engine
 from instantft.export.onnx import TOLERANCE, export_onnx
 from instantft.methods import METHODS
@@ -154,3 +159,343 @@ def test_streams_and_lifts(tmp_path: Path) -> None:
     if "lift.basis" in lifted.adapter.tensors:
         with pytest.raises(UsageError, match="lift"):
             export_onnx(foreign, lifted.adapter, tmp_path / "adapted.onnx")
+
+
+# -- models of other people ------------------------------------------------------------------------------------------
+
+FLOAT = onnx.TensorProto.FLOAT
+
+
+def weights(*shape: int, seed: int = 0) -> Array:
+    rng = np.random.default_rng([seed, *shape])
+    return (rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+
+
+def model(
+    folder: Path,
+    nodes: list[Any],
+    constants: dict[str, Array],
+    shape: tuple[int | str, ...] = ("n", 3, 8, 8),
+    outputs: tuple[str, ...] = ("y",),
+    type_: int = FLOAT,
+    opset: int = 13,
+) -> Path:
+    """A model with input x in a file."""
+    free = [5] if outputs == ("y",) and nodes[-1].op_type in ("Gemm", "Softmax", "Flatten") else [None] * 3
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [onnx.helper.make_tensor_value_info("x", type_, shape)],
+        [onnx.helper.make_tensor_value_info(name, FLOAT, ["n", *free]) for name in outputs],
+        [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8)
+    onnx.save(made, str(folder / "model.onnx"))
+    return folder / "model.onnx"
+
+
+N = onnx.helper.make_node
+BODY = [
+    N("Conv", ["x", "w1"], ["a"], pads=[1, 1, 1, 1]),
+    N("Relu", ["a"], ["b"]),
+    N("Conv", ["b", "w2"], ["d"], pads=[1, 1, 1, 1]),
+    N("Add", ["d", "b"], ["e"]),
+    N("Relu", ["e"], ["f"]),
+]
+CONSTANTS = {"w1": weights(4, 3, 3, 3), "w2": weights(4, 4, 3, 3)}
+
+HEADS: dict[str, tuple[list[Any], dict[str, Array], str]] = {
+    "gemm": (
+        [N("GlobalAveragePool", ["f"], ["g"]), N("Flatten", ["g"], ["h"]), N("Gemm", ["h", "w3", "b3"], ["y"])],
+        {"w3": weights(4, 5), "b3": weights(5, 1)[:, 0]},
+        "y",
+    ),
+    "matmul, add, softmax": (
+        [
+            N("ReduceMean", ["f"], ["h"], axes=[2, 3], keepdims=0),
+            N("MatMul", ["h", "w3"], ["i"]),
+            N("Add", ["i", "b3"], ["j"]),
+            N("Softmax", ["j"], ["y"], axis=1),
+        ],
+        {"w3": weights(4, 5), "b3": weights(5, 1)[:, 0]},
+        "j",
+    ),
+    "1x1 convolution, means, sigmoid": (
+        [
+            N("Conv", ["f", "w3"], ["g"]),
+            N("GlobalAveragePool", ["g"], ["h"]),
+            N("Sigmoid", ["h"], ["i"]),
+            N("Flatten", ["i"], ["y"]),
+        ],
+        {"w3": weights(5, 4, 1, 1)},
+        "h",
+    ),
+}
+
+
+@pytest.mark.parametrize("taps", [None, "auto:400", "b@2,f@3", "*"])
+@pytest.mark.parametrize("head", HEADS)
+def test_last_layers_and_taps_are_found(head: str, taps: str | None, tmp_path: Path) -> None:
+    nodes, constants, logits = HEADS[head]
+    path = model(tmp_path, [*BODY, *nodes], {**CONSTANTS, **constants})
+    if taps == "b@2,f@3" and head != "1x1 convolution, means, sigmoid":
+        taps = "b@2,h"
+    base = from_onnx(path, taps)
+    assert base.logits == logits
+    values = [tap.value for tap in base.candidates]
+    assert values[:2] == ["x", "b"]
+    assert values[2:] == (["f"] if head.startswith("1x1") else ["h"])
+    assert all(tap.nonnegative for tap in base.candidates[1:])
+    rng = np.random.default_rng(0)
+    x = rng.random((60, 3, 8, 8), np.float32)
+    y = rng.integers(0, 5, 60)
+    tuner = FineTuner(base).fit(x, y)
+    tuner.adapter.save(tmp_path / "adapter")
+    again = from_onnx(path, like=Adapter.load(tmp_path / "adapter").spec)
+    assert again.hash == base.hash
+    # what is not a logit goes on from the adapted ones
+    export_onnx(again, Adapter.load(tmp_path / "adapter", again), tmp_path / "out.onnx")
+    onnx.checker.check_model(str(tmp_path / "out.onnx"), full_check=True)
+    wanted: Array = tuner.decision_function(x)
+    if "softmax" in head:
+        wanted = tuner.predict_proba(x)
+    elif "sigmoid" in head:
+        wanted = 1 / (1 + np.exp(-wanted))
+    close(run(tmp_path / "out.onnx", x), wanted)
+    assert np.abs(run(path, x) - wanted).max() > 0.01
+
+
+def test_taps_are_means_of_a_grid(tmp_path: Path) -> None:
+    nodes, constants, _ = HEADS["gemm"]
+    path = model(tmp_path, [*BODY, *nodes], {**CONSTANTS, **constants})
+    whole, means = (from_onnx(path, ["b" + grid, "h"]) for grid in ("", "@3"))
+    assert means.spec.tap_widths == (0, 4 * 9, 4)
+    x = np.random.default_rng(0).random((5, 192), np.float32)
+    b = whole.records(x)[:, :256].reshape(5, 4, 8, 8)
+    cuts = [(0, 3), (2, 6), (5, 8)]  # thirds of 8, rounded outwards
+    wanted: Array = np.array([[b[:, :, i:j, k:m].mean(axis=(2, 3)) for k, m in cuts] for i, j in cuts])
+    close(means.records(x)[:, :36], wanted.transpose(2, 3, 0, 1).reshape(5, 36))
+
+
+def test_an_adapted_model_can_be_adapted_again(tmp_path: Path) -> None:
+    nodes, constants, _ = HEADS["gemm"]
+    path = model(tmp_path, [*BODY, *nodes], {**CONSTANTS, **constants})
+    x = np.random.default_rng(0).random((60, 3, 8, 8), np.float32)
+    y = np.arange(60) % 5
+    once = FineTuner(from_onnx(path)).fit(x, y)
+    export_onnx(once.base, once.adapter, tmp_path / "once.onnx")
+    twice = FineTuner(from_onnx(tmp_path / "once.onnx")).fit(x, y)
+    export_onnx(twice.base, twice.adapter, tmp_path / "twice.onnx")
+    close(run(tmp_path / "twice.onnx", x), twice.decision_function(x))
+
+
+def test_channels_last(tmp_path: Path) -> None:
+    nodes, constants, _ = HEADS["gemm"]
+    first = [N("Transpose", ["x"], ["t"], perm=[0, 3, 1, 2]), N("Conv", ["t", "w1"], ["a"], pads=[1, 1, 1, 1])]
+    path = model(tmp_path, [*first, *BODY[1:], *nodes], {**CONSTANTS, **constants}, ("n", 8, 6, 3))
+    base = from_onnx(path)
+    assert base.channels_last
+    assert base.spec.input_shape == (3, 8, 6)
+    assert base.spec.input_tap
+    x = np.random.default_rng(0).random((60, 3, 8, 6), np.float32)
+    tuner = FineTuner(base).fit(x, np.arange(60) % 5)
+    export_onnx(base, tuner.adapter, tmp_path / "out.onnx")
+    close(run(tmp_path / "out.onnx", x.transpose(0, 2, 3, 1)), tuner.decision_function(x))
+
+
+def test_quantised_model(tmp_path: Path) -> None:
+    nodes, constants, _ = HEADS["matmul, add, softmax"]
+    path = model(tmp_path, [*BODY, *nodes], {**CONSTANTS, **constants})
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+    x = np.random.default_rng(0).random((64, 3, 8, 8), np.float32)
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.rows = iter(x[:32])
+
+        def get_next(self) -> dict[str, Array] | None:
+            row = next(self.rows, None)
+            return None if row is None else {"x": row[None]}
+
+    quantize_static(str(path), str(tmp_path / "int8.onnx"), Reader(), quant_format=QuantFormat.QDQ)
+    base = from_onnx(tmp_path / "int8.onnx")
+    assert base.spec.L >= 3
+    tuner = FineTuner(base).fit(x, np.arange(64) % 5)
+    export_onnx(base, tuner.adapter, tmp_path / "out.onnx")
+    # after the adapted logits the model quantises what comes: one step of 1/255 of its softmax
+    assert np.abs(run(tmp_path / "out.onnx", x) - tuner.predict_proba(x)).max() < 0.02
+
+
+def test_external_data(tmp_path: Path) -> None:
+    nodes, constants, _ = HEADS["gemm"]
+    path = model(tmp_path, [*BODY, *nodes], {**CONSTANTS, **constants})
+    x = np.random.default_rng(0).random((40, 3, 8, 8), np.float32)
+    inside = from_onnx(path, "b,h")
+    onnx.save(onnx.load(str(path)), str(path), save_as_external_data=True, location="data.bin", size_threshold=0)
+    base = from_onnx(path, "b,h")
+    assert base.model.external == (tmp_path / "data.bin",)
+    close(base.records(x.reshape(40, -1)), inside.records(x.reshape(40, -1)))
+    tuner = FineTuner(base).fit(x, np.arange(40) % 5)
+    with pytest.raises(UsageError, match="beside"):
+        export_onnx(base, tuner.adapter, tmp_path / "other" / "out.onnx")
+    export_onnx(base, tuner.adapter, tmp_path / "out.onnx")
+    close(run(tmp_path / "out.onnx", x), tuner.decision_function(x))
+    tuner.adapter.save(tmp_path / "adapter")
+    data = bytearray((tmp_path / "data.bin").read_bytes())
+    data[5] ^= 1
+    (tmp_path / "data.bin").write_bytes(data)
+    with pytest.raises(MismatchError, match="made on"):
+        Adapter.load(tmp_path / "adapter", from_onnx(path, "b,h"))
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+def gemm(folder: Path, **changes: Any) -> Path:
+    nodes, constants, _ = HEADS["gemm"]
+    return model(folder, [*BODY, *nodes], {**CONSTANTS, **constants}, **changes)
+
+
+def test_models_that_cannot_be_adapted(tmp_path: Path) -> None:
+    nodes, constants, _ = HEADS["gemm"]
+    parts = {**CONSTANTS, **constants}
+    with pytest.raises(FileError, match="batches of any size"):
+        from_onnx(gemm(tmp_path, shape=(1, 3, 8, 8)))
+    with pytest.raises(FileError, match=r"leaves .* open"):
+        from_onnx(gemm(tmp_path, shape=("n", 3, "h", "w")))
+    assert from_onnx(gemm(tmp_path, shape=("n", 3, "h", "w")), input_shape=(3, 6, 6)).spec.input_shape == (3, 6, 6)
+    with pytest.raises(FileError, match="end in a linear layer"):
+        from_onnx(model(tmp_path, [*BODY, N("Relu", ["f"], ["y"])], CONSTANTS))
+    with pytest.raises(FileError, match="one score a class"):
+        from_onnx(model(tmp_path, [*BODY, N("Conv", ["f", "w2"], ["y"])], CONSTANTS))
+    with pytest.raises(FileError, match="one output"):
+        from_onnx(model(tmp_path, [*BODY, *nodes], parts, outputs=("y", "f")))
+    with pytest.raises(FileError, match="operators that onnxruntime"):
+        from_onnx(model(tmp_path, [*BODY, *nodes[:-1], N("Odd", ["h"], ["y"], domain="mine")], parts))
+    frozen = [*nodes[:-1], N("Reshape", ["h", "s"], ["r"]), N("Gemm", ["r", "w3", "b3"], ["y"])]
+    with pytest.raises(FileError, match=r"must (run|keep the batch)"):
+        from_onnx(model(tmp_path, [*BODY, *frozen], {**parts, "s": np.array([1, 4])}))
+    inner = onnx.helper.make_graph([N("Identity", ["f"], ["k"])], "b", [], [onnx.ValueInfoProto(name="k")])
+    flow = N("If", ["yes"], ["m"], then_branch=inner, else_branch=inner)
+    with pytest.raises(FileError, match="control flow"):
+        from_onnx(model(tmp_path, [*BODY, flow, *nodes], {**parts, "yes": np.array(True)}))
+    path = gemm(tmp_path)
+    with pytest.raises(UsageError, match=r"names or patterns of candidates \(x, b, h\)"):
+        from_onnx(path, "c")
+    with pytest.raises(UsageError, match="budget"):
+        from_onnx(path, "auto:many")
+    with pytest.raises(UsageError, match="room for the last tap, which takes 16 bytes"):
+        from_onnx(path, "auto:15")
+    with pytest.raises(UsageError, match="besides the input"):
+        from_onnx(path, "x")
+    with pytest.raises(UsageError, match="only its taps"):
+        FineTuner(from_onnx(path), method="ft-all")
+    with pytest.raises(UsageError, match="all 50 samples"):
+        FineTuner(from_onnx(path), method="skip2-lora", cache_capacity=20).fit(
+            np.zeros((50, 3, 8, 8), np.float32), np.arange(50) % 5
+        )
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    path = gemm(tmp_path)
+    whole = path.read_bytes()
+    for n in [*range(0, len(whole), 37), len(whole) - 1]:
+        path.write_bytes(whole[:n])
+        with pytest.raises(FileError):
+            from_onnx(path)
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        data = bytearray(whole)
+        for at in rng.integers(0, len(data), 4):
+            data[at] = rng.integers(0, 256)
+        path.write_bytes(data)
+        with contextlib.suppress(FileError):  # many a change is to a weight or a name, and harmless
+            from_onnx(path)
+
+
+@pytest.mark.parametrize("location", ["../secret", "/etc/hostname", "link", "", "a/../../secret", "x\0"])
+def test_data_outside_the_folder(location: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(bytes(4096))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "secret")
+    path = gemm(tmp_path / "in")
+    loaded = onnx.load(str(path))
+    tensor = loaded.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", location
+    path.write_bytes(loaded.SerializeToString())
+    with pytest.raises(FileError, match="in its own folder"):
+        from_onnx(path)
+
+
+def test_sizes_that_are_only_announced(tmp_path: Path) -> None:
+    path = gemm(tmp_path)
+    loaded = onnx.load(str(path))
+    loaded.graph.initializer[0].dims[0] = 1 << 40
+    path.write_bytes(loaded.SerializeToString())
+    with pytest.raises(FileError, match="announces"):
+        from_onnx(path)
+    with pytest.raises(FileError, match="at most"):
+        from_onnx(gemm(tmp_path, shape=("n", 3, 1 << 20, 1 << 20)))
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def ask(*arguments: str) -> dict[str, Any]:
+        assert command_line([*arguments, "--json"]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    path, data, adapter = str(gemm(tmp_path)), str(tmp_path / "x.npz"), str(tmp_path / "adapter")
+    rng = np.random.default_rng(0)
+    x, y = rng.random((80, 3, 8, 8), np.float32), np.arange(80) % 2
+    x[y == 1, 0] += 2
+    np.savez(data, x=x, y=y)
+    shown = ask("inspect", path, "--taps", "b@2,h")
+    assert [(c["name"], c["bytes"], c["chosen"]) for c in shown["candidates"]] == [
+        ("x", 768, None),
+        ("b", 1024, "b@2"),
+        ("h", 16, "h"),
+    ]
+    assert shown["cache_bytes_per_sample"]["fp32"] == 4 * (16 + 4 + 5)
+    made = ask("finetune", path, "--data", data, "--eval", data, "--out", adapter, "--taps", "b@2,h")
+    assert made["accepted"]
+    assert made["accuracy_after"] > 0.95 > made["accuracy_before"]
+    assert ask("evaluate", path, "--adapter", adapter, "--data", data)["accuracy"] == made["accuracy_after"]
+    assert [t["value"] for t in ask("inspect", adapter)["taps"]] == ["b@2", "h"]
+    ask("predict", path, "--adapter", adapter, "--data", data, "--out", str(tmp_path / "p.npz"))
+    ask("export", "onnx", path, "--adapter", adapter, "--out", str(tmp_path / "out.onnx"))
+    close(run(tmp_path / "out.onnx", x), np.load(tmp_path / "p.npz")["logits"])
+    for arguments in (("inspect", path), ("inspect", adapter)):
+        assert command_line(arguments) == 0
+        assert "skip-ridge" in capsys.readouterr().out
+    other = str(tmp_path / "other")
+    assert command_line(["finetune", path, "--data", data, "--out", other, "--method", "lora-all"]) == 2
+    assert "only its taps" in capsys.readouterr().err
+    assert command_line(["export", "onnx", path, "--out", str(tmp_path / "no.onnx")]) == 2
+    assert "with an adapter" in capsys.readouterr().err
+
+
+def test_the_package_needs_no_onnxruntime_to_start() -> None:
+    code = "import sys, instantft.tuner, instantft.cli; sys.exit('onnxruntime' in sys.modules or 'onnx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_base_file_of_ours_is_foreign(tmp_path: Path) -> None:
+    foreign = from_onnx(gemm(tmp_path), "b@2,h")
+    with pytest.raises(UsageError, match="not foreign"):
+        Network(foreign.spec, {})
+    with pytest.raises(UsageError, match="saved by who made it"):
+        foreign.save(tmp_path / "base.safetensors")
+    with pytest.raises(UsageError, match="networks of our own"):
+        foreign.widened()
+    assert NetSpec.from_json(json.loads(json.dumps(foreign.spec.to_json()))) == foreign.spec
+    with pytest.raises(UsageError, match="must be a tap"):
+        NetSpec((4,), (LayerSpec("fc", 2),), input_tap=False)
+    with pytest.raises(UsageError, match="not both"):
+        NetSpec((4,), (LayerSpec("foreign", 2), LayerSpec("fc", 2)))

@@ -25,6 +25,7 @@ SURFACE = {
     "UsageError",
     "__version__",
     "dnn",
+    "from_onnx",
     "lenet5",
     "load",
 }

@@ -52,6 +52,8 @@ class Network:
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if type(self) is Network and not self.spec.own:
+            raise UsageError("a network of our own must have fc and conv layers, not foreign ones")
         shapes = self.spec.parameters
         if set(self.tensors) != set(shapes):
             names = sorted(set(self.tensors) ^ set(shapes))

@@ -253,7 +253,7 @@ def from_onnx(
         input_shape = like.input_shape if input_shape is None else input_shape
     graph = _Graph(model)
     logits, last = graph.ending()
-    values = graph.candidates(last)
+    values = graph.candidates(logits, last)
     shape, channels_last = _input_shape(model, input_shape)
     found = _probe(model, [*values, logits], shape, channels_last)
     ending = found.pop()
@@ -355,7 +355,7 @@ class _Graph:
                 self.fixed.update(n.outputs)
 
     def ending(self) -> tuple[str, Node]:
-        """The logits, and the last linear map.
+        """The logits, and the linear map they come from.
 
         Raises:
             FileError: there are none.
@@ -363,31 +363,40 @@ class _Graph:
         path, outputs = self.model.path, [v.name for v in self.model.outputs]
         if len(outputs) != 1 and "logits" not in outputs:
             raise FileError(f"{WHAT} must have one output, or one called logits, but {path} has {str(outputs)[:120]}")
-        value = logits = outputs[0] if len(outputs) == 1 else "logits"
-        for _ in range(len(self.model.nodes) + 1):
-            n = self.makers.get(value)
-            if n is None or not n.inputs:
-                break
-            if n.op in LINEAR:
-                if value in self.fixed or n.inputs[0] in self.fixed or n.inputs[1] not in self.fixed:
-                    break
-                return logits, n
+        logits = outputs[0] if len(outputs) == 1 else "logits"
+        while (n := self.makers.get(logits)) is not None and n.inputs and (n.op in PASSING or n.op in SCORES):
             if n.op in SCORES:
-                value = logits = n.inputs[0]
-            elif n.op in PASSING or n.op in MEANS:
-                value = n.inputs[0]
-            elif n.op in ("Add", "Mul") and len(n.inputs) == 2 and sum(i in self.fixed for i in n.inputs) == 1:
-                value = next(i for i in n.inputs if i not in self.fixed)
-            else:
+                return n.inputs[0], self._linear(n.inputs[0])
+            logits = n.inputs[0]
+        logits = outputs[0] if len(outputs) == 1 else "logits"
+        return logits, self._linear(logits)
+
+    def _linear(self, value: str) -> Node:
+        """The linear map that yields `value`, but for constants and means; of a sum of such maps, the first."""
+        path, found = self.model.path, []
+        waiting, seen = [value], {value}
+        while waiting:
+            n = self.makers.get(waiting.pop())
+            free = [] if n is None else [name for name in n.inputs if name and name not in self.fixed]
+            if n is None or not free:
+                raise FileError(f"{WHAT} must end in a linear layer with weights of its own, but {path} has none")
+            if n.op in LINEAR and len(n.inputs) > 1 and n.inputs[1] in self.fixed:
+                found.append(n)
+                continue
+            single = n.op in PASSING or n.op in MEANS or (n.op == "Mul" and len(free) == 1)
+            if not single and n.op not in ("Add", "Sum"):
                 raise FileError(
                     f"{WHAT} must end in a linear layer (Gemm, MatMul or Conv; then at most means, softmax, sigmoid), "
                     f"but {path} ends in {n.op[:40]!r}: export it up to its logits"
                 )
-        raise FileError(f"{WHAT} must end in a linear layer with weights of its own, but {path} has none")
+            waiting += [name for name in reversed(free) if name not in seen]
+            seen.update(free)
+        return found[0]
 
-    def candidates(self, last: Node) -> list[str]:
-        """Inputs of linear maps and convolutions on the way to the last one, in the order of the graph."""
-        needed, waiting = set(last.outputs), [last]
+    def candidates(self, logits: str, last: Node) -> list[str]:
+        """Inputs of linear maps and convolutions on the way to the logits, in the order of the graph."""
+        waiting = [self.makers[logits]]
+        needed = set(waiting[0].outputs)
         while waiting:
             for name in waiting.pop().inputs:
                 n = self.makers.get(name)

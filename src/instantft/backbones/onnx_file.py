@@ -12,7 +12,6 @@ and data outside the model's folder are refused.
 from __future__ import annotations
 
 import math
-import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -115,8 +114,7 @@ def read_model(path: Path) -> Model:
     if not 16 <= size <= MAX_FILE:
         raise FileError(f"{WHAT} must have 16 to {MAX_FILE} bytes, but {path} has {size}")
     try:
-        with path.open("rb") as f:
-            raw = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
+        raw = memoryview(path.read_bytes())  # and not mapped: who shortens a mapped file ends this process
     except OSError as e:
         raise FileError(f"{WHAT} must be a readable file, but {path} is not: {files.reason(e)}") from None
     try:
