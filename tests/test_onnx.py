@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from instantft import FileError, FineTuner, MismatchError, UsageError, from_onnx
 from instantft.adapters import Adapter
+from instantft.backbones import onnx as onnx_backbone
 from instantft.backbones.builtin import Network
 from instantft.backbones.onnx import OnnxNetwork
 from instantft.cli import run as command_line
@@ -499,3 +500,18 @@ def test_no_base_file_of_ours_is_foreign(tmp_path: Path) -> None:
         NetSpec((4,), (LayerSpec("fc", 2),), input_tap=False)
     with pytest.raises(UsageError, match="not both"):
         NetSpec((4,), (LayerSpec("foreign", 2), LayerSpec("fc", 2)))
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_memory_that_a_graph_asks_for(fixed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes that make a gigabyte, when the model is opened or when it runs, where a quarter is allowed."""
+    nodes, constants, _ = HEADS["gemm"]
+    sizes = [N("Shape", ["x"], ["sizes"]), N("ReduceProd", ["sizes"], ["many"]), N("Mul", ["many", "big"], ["huge"])]
+    if fixed:
+        sizes = [N("Mul", ["big", "big"], ["huge"])]
+    attack = [*sizes, N("ConstantOfShape", ["huge"], ["k"]), N("ReduceSum", ["k"], ["l"]), N("Add", ["h", "l"], ["m"])]
+    parts = {**CONSTANTS, **constants, "big": np.array([1 << (14 if fixed else 20)])}
+    path = model(tmp_path, [*BODY, *nodes[:-1], *attack, N("Gemm", ["m", "w3", "b3"], ["y"])], parts)
+    monkeypatch.setattr(onnx_backbone, "MAX_MEMORY", 1 << 28)
+    with pytest.raises(FileError, match=r"must (load|run)"):
+        from_onnx(path)

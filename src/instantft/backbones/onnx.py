@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -47,6 +48,9 @@ MAX_TAPS = 8
 
 GRIDS = (0, 8, 4, 2, 1)
 """Cells along each side of the means of an image that ``auto`` tries; 0: the whole image."""
+
+MAX_MEMORY = 1 << 32
+"""Bytes that onnxruntime may take at once for a batch or for opening a model, beside the model's own."""
 
 BATCH = 32
 """Samples that onnxruntime is given at a time, which bounds its memory."""
@@ -564,18 +568,43 @@ def _open(model: Model, contents: bytes, threads: int) -> Any:
         folder = str(model.path.resolve().parent)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     try:
-        return ort.InferenceSession(
-            bytes(model.raw) + onnx_file.graph(contents), options, providers=["CPUExecutionProvider"]
-        )
+        with _bounded(MAX_MEMORY + 8 * len(model.raw) + 4 * sum(path.stat().st_size for path in model.external)):
+            return ort.InferenceSession(
+                bytes(model.raw) + onnx_file.graph(contents), options, providers=["CPUExecutionProvider"]
+            )
     except Exception as e:  # onnxruntime's exceptions have no common root
         raise FileError(f"{WHAT} must load in onnxruntime, but {model.path} does not: {_reason(e)}") from None
 
 
 def _run(session: Any, names: Sequence[str], feeds: Mapping[str, NDArray[Any]], path: Path) -> list[NDArray[Any]]:
     try:
-        return list(session.run(list(names), dict(feeds)))
+        with _bounded(MAX_MEMORY):
+            return list(session.run(list(names), dict(feeds)))
     except Exception as e:
         raise FileError(f"{WHAT} must run in onnxruntime, but {path} does not: {_reason(e)}") from None
+
+
+@contextmanager
+def _bounded(more: int) -> Iterator[None]:
+    """Whatever happens inside may take `more` bytes of memory beyond what there is, and then fails to get any.
+
+    A graph of a few bytes may ask for a tensor of any size, and the system would give it, until it kills the process.
+    Where the system has no such limits (outside Linux), there is none.
+    """
+    try:
+        import resource
+
+        used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = min(n for n in (used + more, soft, hard) if n != resource.RLIM_INFINITY)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    except (ImportError, OSError, ValueError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _reason(e: Exception) -> str:
