@@ -515,3 +515,19 @@ def test_memory_that_a_graph_asks_for(fixed: bool, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(onnx_backbone, "MAX_MEMORY", 1 << 28)
     with pytest.raises(FileError, match=r"must (load|run)"):
         from_onnx(path)
+
+
+def test_automatic_taps_are_no_weights_of_channels(tmp_path: Path) -> None:
+    nodes, constants, _ = HEADS["gemm"]
+    squeezed = [
+        *BODY[:2],
+        N("GlobalAveragePool", ["b"], ["p"]),
+        N("Conv", ["p", "w4"], ["q"]),
+        N("Sigmoid", ["q"], ["r"]),
+        N("Mul", ["b", "r"], ["b2"]),
+        N("Conv", ["b2", "w2"], ["f"], pads=[1, 1, 1, 1]),
+    ]
+    path = model(tmp_path, [*squeezed, *nodes], {**CONSTANTS, **constants, "w4": weights(4, 4, 1, 1)})
+    assert [tap.value for tap in from_onnx(path).candidates] == ["x", "p", "b2", "h"]
+    assert [tap.value for tap in from_onnx(path).taps] == ["b2", "h"]
+    assert [tap.value for tap in from_onnx(path, "p,h").taps] == ["p", "h"]

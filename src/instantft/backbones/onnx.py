@@ -535,7 +535,11 @@ def _chosen(candidates: tuple[Tap, ...], taps: str | Sequence[str] | None, entry
 
 
 def _automatic(candidates: tuple[Tap, ...], budget: int, entry: str) -> list[Tap]:
-    """At most MAX_TAPS, evenly spread and with the last, on the finest grid that fits the budget."""
+    """At most MAX_TAPS, evenly spread and with the last, on the finest grid that fits the budget.
+
+    Images of one pixel are left to those who name them: but for the last, they are what channels are weighted by.
+    """
+    candidates = (*(c for c in candidates[:-1] if c.shape[1:] != (1, 1)), candidates[-1])
     for many in range(min(MAX_TAPS, len(candidates)), 0, -1):
         last = len(candidates) - 1
         places = sorted({round(last - i * last / max(many - 1, 1)) for i in range(many)})
