@@ -531,3 +531,22 @@ def test_automatic_taps_are_no_weights_of_channels(tmp_path: Path) -> None:
     assert [tap.value for tap in from_onnx(path).candidates] == ["x", "p", "b2", "h"]
     assert [tap.value for tap in from_onnx(path).taps] == ["b2", "h"]
     assert [tap.value for tap in from_onnx(path, "p,h").taps] == ["p", "h"]
+
+
+def test_values_that_mix_samples_are_no_taps(tmp_path: Path) -> None:
+    """As where windows of an image become samples of their own, and images again."""
+    nodes, constants, _ = HEADS["gemm"]
+    windows = [
+        N("Reshape", ["f", "apart"], ["w"]),
+        N("MatMul", ["w", "w4"], ["v"]),
+        N("Reshape", ["v", "back"], ["f2"]),
+    ]
+    head = [N("GlobalAveragePool", ["f2"], ["g"]), *nodes[1:]]
+    shapes = {"apart": np.array([-1, 64]), "back": np.array([-1, 4, 8, 8]), "w4": weights(64, 64)}
+    path = model(tmp_path, [*BODY, *windows, *head], {**CONSTANTS, **constants, **shapes})
+    base = from_onnx(path)
+    assert [tap.value for tap in base.candidates] == ["x", "b", "h"]
+    x = np.random.default_rng(0).random((40, 3, 8, 8), np.float32)
+    tuner = FineTuner(base).fit(x, np.arange(40) % 5)
+    export_onnx(base, tuner.adapter, tmp_path / "out.onnx")
+    close(run(tmp_path / "out.onnx", x), tuner.decision_function(x))

@@ -52,6 +52,9 @@ GRIDS = (0, 8, 4, 2, 1)
 MAX_MEMORY = 1 << 32
 """Bytes that onnxruntime may take at once for a batch or for opening a model, beside the model's own."""
 
+PROBED = 5
+"""Samples by which shapes are found; few sizes in a network are 5, so the batch is known by it."""
+
 BATCH = 32
 """Samples that onnxruntime is given at a time, which bounds its memory."""
 
@@ -479,7 +482,7 @@ def _input_shape(model: Model, given: Sequence[int] | None) -> tuple[tuple[int, 
 
 
 def _probe(model: Model, values: Sequence[str], shape: tuple[int, ...], channels_last: bool) -> list[Tap]:
-    """Shapes and types of values, found by running two samples of zeros."""
+    """Shapes and types of those values that keep the batch in front, found by running PROBED samples of zeros."""
     entry = model.inputs[0]
     session = _open(model, b"".join(output(v) for v in values if v not in _listed(model)), 1)
     sizes = list((entry.shape or ())[1:])
@@ -487,19 +490,20 @@ def _probe(model: Model, values: Sequence[str], shape: tuple[int, ...], channels
         full = (shape[1], shape[2], shape[0]) if channels_last else shape
     else:
         full = tuple(n for n in sizes if n)
-    zeros = np.zeros((2, *full), _TYPES[entry.type])
+    zeros = np.zeros((PROBED, *full), _TYPES[entry.type])
     asked = list(dict.fromkeys(v for v in values if v != entry.name))
     found = dict(zip(asked, _run(session, asked, {entry.name: zeros}, model.path), strict=True))
     found[entry.name] = zeros
     taps = []
     for v in values:
         array = found[v]
-        if array.ndim < 2 or array.shape[0] != 2:
-            raise FileError(
-                f"{WHAT} must keep the batch in front, but of two samples {v[:60]!r} in {model.path} is "
-                f"{list(array.shape)}: export it with a dynamic axis 0"
-            )
-        taps.append(Tap(v, tuple(array.shape[1:]), type=str(array.dtype)))
+        if array.ndim >= 2 and array.shape[0] == PROBED:
+            taps.append(Tap(v, tuple(array.shape[1:]), type=str(array.dtype)))
+    if not taps or taps[-1].value != values[-1]:
+        raise FileError(
+            f"{WHAT} must keep the batch in front, but of {PROBED} samples {values[-1][:60]!r} in {model.path} is "
+            f"{list(found[values[-1]].shape)}: export it with a dynamic axis 0"
+        )
     return taps
 
 
