@@ -487,6 +487,16 @@ def test_the_package_needs_no_onnxruntime_to_start() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.parametrize("engine", ["reference", "native"])
+def test_our_engines_do_not_run_what_they_do_not_know(engine: str, tmp_path: Path) -> None:
+    foreign, ours = from_onnx(gemm(tmp_path), "b@2,h"), get_engine(engine)
+    x = np.zeros((3, 192), np.float32)
+    for run_it in (ours.forward, ours.records):
+        with pytest.raises(UsageError, match="engine of its own"):
+            run_it(foreign.spec, foreign.tensors, x)
+    assert command_line(["bench", str(tmp_path / "model.onnx"), "--samples", "8"]) == 2
+
+
 def test_no_base_file_of_ours_is_foreign(tmp_path: Path) -> None:
     foreign = from_onnx(gemm(tmp_path), "b@2,h")
     with pytest.raises(UsageError, match="not foreign"):

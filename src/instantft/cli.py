@@ -715,6 +715,8 @@ def bench(
         if not 1 <= value <= high:
             raise UsageError(f"{name} must be 1 to {high}, not {value}")
     network = load_base(base) if base else Network.init(lenet5((1, 28, 28)), seed)
+    if not network.spec.own:
+        raise UsageError(f"bench must have a network of our own, which PyTorch can run beside it, not {base}")
     if data:
         loaded = load_samples(data, network.spec, network.mean, network.std)
         x, y = loaded.x, loaded.labels

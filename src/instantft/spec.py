@@ -156,6 +156,17 @@ class NetSpec:
         """Whether the engines of this package can run it; False: it is foreign."""
         return self.layers[0].kind != "foreign"
 
+    def check_own(self) -> None:
+        """See that an engine of this package can run it.
+
+        Raises:
+            UsageError: it is foreign.
+        """
+        if not self.own:
+            raise UsageError(
+                "a foreign network must be run by an engine of its own: OnnxNetwork.bind(engine) makes one"
+            )
+
     @property
     def first_tap(self) -> int:
         """Number of the first tap: 0, or 1 where the sample itself is none."""

@@ -129,6 +129,7 @@ class _Buffers:
     ) -> None:
         from .._core import Plan
 
+        spec.check_own()
         layers = np.zeros((spec.L, 10), np.int32)
         for k, layer in enumerate(spec.layers):
             layers[k] = (

@@ -265,6 +265,7 @@ def _forward(spec: NetSpec, tensors: Arrays, pairs: list[tuple[int, int]], x: Ar
         x: (B, N) samples.
         batch_stats: True: batch norm in training mode; False: by its running statistics.
     """
+    spec.check_own()
     run = _Run(batch_stats=batch_stats)
     for k in range(spec.L - 1):
         run.x.append(x)
