@@ -32,7 +32,7 @@ from instantft.adapters import initial
 from instantft.backbones.builtin import Network
 from instantft.cache.store import memory_store
 from instantft.engine import Engine, get_engine
-from instantft.engine.native import NativeEngine
+from instantft.engine.native import NativeDense, NativeEngine
 from instantft.methods import METHODS
 from instantft.solvers import closed, ridge
 from instantft.solvers.factor import Factor
@@ -49,7 +49,7 @@ STEPS: dict[str, tuple[Any, str]] = {
     "records kept": (Records, "keep"),
     "products of taps": (Records, "triangle"),
     "choice of λ and weights": (ridge, "_choose"),
-    "system": (Records, "gram"),
+    "system": (NativeDense, "combine"),
     "factor": (Factor, "__init__"),
     "solve": (Factor, "solve"),
     "left-out scores": (Factor, "left_out"),

@@ -115,6 +115,26 @@ template <typename T, typename F> static auto inverse_blocks(F function) {
     };
 }
 
+template <typename T, typename F> static auto combine(F function) {
+    return [function](const Core &c, const std::vector<Square<const T>> &parts, Array<const T> w,
+                      Array<const int64_t> rows, Array<const T> d, Array<const T> one, Square<T> g) {
+        size_t n = g.shape(0), all = parts.empty() ? n : parts[0].shape(0);
+        need(g.shape(1) == n && d.size() == n && one.size() == n && w.size() == parts.size(), "sizes must agree");
+        std::vector<const T *> part;
+        for (const auto &p : parts) {
+            need(p.shape(0) == all && p.shape(1) == all, "parts must be square matrices of one size");
+            part.push_back(p.data());
+        }
+        need(rows.size() == n || (rows.size() == 0 && all == n), "rows must be all of them, or as many as are wanted");
+        for (size_t i = 0; i < rows.size(); i++)
+            need(rows.data()[i] >= 0 && static_cast<size_t>(rows.data()[i]) < all, "rows must be there");
+        nb::gil_scoped_release release;
+        (c.core->*function)(part.data(), w.data(), static_cast<int64_t>(part.size()), static_cast<int64_t>(all),
+                            rows.size() ? rows.data() : nullptr, d.data(), one.data(), static_cast<int64_t>(n),
+                            g.data(), static_cast<int64_t>(n));
+    };
+}
+
 static auto exact(const char *name) { return nb::arg(name).noconvert(); } // an output must not be a copy
 
 NB_MODULE(_core, m) {
@@ -229,6 +249,10 @@ NB_MODULE(_core, m) {
              exact("v"), exact("starts"), exact("out"), exact("workspace"))
         .def("inverse_blocks", inverse_blocks<double>(&ift_core::inverse_blocks_d),
              exact("v"), exact("starts"), exact("out"), exact("workspace"))
+        .def("combine", combine<float>(&ift_core::combine_f),
+             exact("parts"), exact("w"), exact("rows"), exact("d"), exact("c"), exact("g"))
+        .def("combine", combine<double>(&ift_core::combine_d),
+             exact("parts"), exact("w"), exact("rows"), exact("d"), exact("c"), exact("g"))
         .def("fma_loop", [](const Core &c, int64_t n) {
             float sink[3] = {0.999f, 0.001f, 0};
             nb::gil_scoped_release release;

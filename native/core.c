@@ -20,7 +20,13 @@
 #define DV vf
 #define DL IFT_VL
 #define DN(name) name##_f
+#if IFT_VL > 4
+#define DT transpose_w
+#elif IFT_VL == 4
+#define DT transpose_4
+#endif
 #include "dense.h"
+#undef DT
 #undef D
 #undef DV
 #undef DL
@@ -44,6 +50,13 @@ static void fill(const ift_plan *p, const float *frozen, const float *x, int64_t
     for (int64_t i = 0; i < n; i += step) {
         int m = n - i < step ? (int)(n - i) : step;
         for (int s = 0; s < m; s++) at[s] = x + order[i + s] * x_pitch;
+        int64_t first = slots[i];
+        int beside = codec->id == IFT_FP32 && codec->stride == p->row_width * (int64_t)sizeof *rows;
+        for (int s = 1; s < m; s++) beside &= slots[i + s] == first + s;
+        if (beside) { /* records lie in the store as they are computed */
+            frozen_rows(p, frozen, at, m, (float *)(void *)(store + first * codec->stride), ws);
+            continue;
+        }
         frozen_rows(p, frozen, at, m, rows, ws);
         for (int s = 0; s < m; s++)
             codec_encode(p, codec, rows + s * p->row_width, store + slots[i + s] * codec->stride, scratch);
@@ -253,4 +266,5 @@ static double fma_loop(int64_t n, float *sink) {
 }
 
 const ift_core IFT_CORE = {IFT_NAME, fold, records, fill, forward, epochs, codec_encode, codec_decode,
-                           gram_f, gram_d, inverse_factor_f, inverse_factor_d, inverse_blocks_f, inverse_blocks_d, fma_loop};
+                           gram_f, gram_d, inverse_factor_f, inverse_factor_d, inverse_blocks_f, inverse_blocks_d,
+                           combine_f, combine_d, fma_loop};

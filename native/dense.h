@@ -1,5 +1,6 @@
 /* Dense algebra of the closed form: X·Xᵀ, the inverse of a Cholesky factor, diagonal blocks of an inverse. A template:
- * the includer sets D (number), DV (its vector), DL (lanes of one) and DN (how names end).
+ * the includer sets D (number), DV (its vector), DL (lanes of one), DN (how names end) and, where there is one, DT
+ * (turns a square of DL vectors).
  *
  * All of it is one product: the left side is read where it lies, the right side is packed into panels of PANEL_N columns
  * that stay in the near cache. Every element is summed in ascending k, in blocks whose limits depend on its column
@@ -58,6 +59,12 @@ typedef struct DN(product) {
 /* panel[k][j] = B[k0 + k][j0 + j], zeros beyond column n. */
 static void DN(pack)(const DN(product) * p, ptrdiff_t j0, ptrdiff_t k0, ptrdiff_t K, D *panel) {
     ptrdiff_t n = p->n - j0 < PANEL_N ? p->n - j0 : PANEL_N;
+    if (n == PANEL_N && !p->b_turned) {
+        const D *b = p->b + k0 * p->ldb + j0;
+        for (ptrdiff_t k = 0; k < K; k++)
+            UNROLL for (int j = 0; j < DENSE_V; j++) DN(store)(panel + k * PANEL_N + j * DL, DN(load)(b + k * p->ldb + j * DL));
+        return;
+    }
     if (n < PANEL_N) memset(panel, 0, (size_t)(K * PANEL_N) * sizeof *panel);
     if (!p->b_turned) {
         const D *b = p->b + k0 * p->ldb + j0;
@@ -65,7 +72,21 @@ static void DN(pack)(const DN(product) * p, ptrdiff_t j0, ptrdiff_t k0, ptrdiff_
         return;
     }
     const D *b = p->b + j0 * p->ldb + k0;
-    for (ptrdiff_t j = 0; j < n; j++, b += p->ldb)
+    ptrdiff_t j = 0;
+#ifdef DT
+    for (; j + DL <= n; j += DL, b += DL * p->ldb) {
+        ptrdiff_t k = 0;
+        for (; k + DL <= K; k += DL) {
+            DV v[DL];
+            UNROLL for (int r = 0; r < DL; r++) v[r] = DN(load)(b + r * p->ldb + k);
+            DT(v);
+            UNROLL for (int r = 0; r < DL; r++) DN(store)(panel + (k + r) * PANEL_N + j, v[r]);
+        }
+        for (; k < K; k++)
+            for (int r = 0; r < DL; r++) panel[k * PANEL_N + j + r] = b[r * p->ldb + k];
+    }
+#endif
+    for (; j < n; j++, b += p->ldb)
         for (ptrdiff_t k = 0; k < K; k++) panel[k * PANEL_N + j] = b[k];
 }
 
@@ -212,6 +233,22 @@ static int64_t DN(inverse_factor)(D *g, int64_t ldg, D *v, int64_t ldv, int64_t 
     p.how = C_IS_MINUS, p.cut = K_TO_I;
     DN(multiply)(&p, (D *)workspace);
     return 0;
+}
+
+/* G[i][j] = d_i·d_j·Σ_p w_p·part_p[r_i][r_j] + c_i·c_j for j ≤ i < n, r = rows or 0 … n−1; one pass, row by row. */
+static void DN(combine)(const D *const *part, const D *w, int64_t count, int64_t ld, const int64_t *rows, const D *d,
+                        const D *c, int64_t n, D *g, int64_t ldg) {
+    for (int64_t i = 0; i < n; i++, g += ldg) {
+        for (int64_t p = 0; p < count; p++) {
+            const D *from = part[p] + (rows ? rows[i] : i) * ld;
+            if (p && rows) for (int64_t j = 0; j <= i; j++) g[j] += w[p] * from[rows[j]];
+            else if (p) for (int64_t j = 0; j <= i; j++) g[j] += w[p] * from[j];
+            else if (rows) for (int64_t j = 0; j <= i; j++) g[j] = w[p] * from[rows[j]];
+            else for (int64_t j = 0; j <= i; j++) g[j] = w[p] * from[j];
+        }
+        if (!count) memset(g, 0, (size_t)(i + 1) * sizeof *g);
+        for (int64_t j = 0; j <= i; j++) g[j] = d[i] * d[j] * g[j] + c[i] * c[j];
+    }
 }
 
 /* The blocks of VᵀV on its diagonal, for rows starts[b] … starts[b+1]−1; out holds one tight block after the other. */

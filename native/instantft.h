@@ -186,7 +186,9 @@ typedef struct ift_core {
      * gram: G[i][j] = x_i·x_j, or G[i][j] += x_i·x_j, for first ≤ i < last and j ≤ i; x_i has K values, pitch apart.
      * inverse_factor: V = L⁻¹ where L·Lᵀ = G (n, n); G is used up, V must be zero above its diagonal. Returns 0, or the
      *   1-based row at which G turned out not to be positive definite or not finite.
-     * inverse_blocks: the blocks of G⁻¹ = VᵀV for rows starts[b] … starts[b+1]−1, one tight block after the other. */
+     * inverse_blocks: the blocks of G⁻¹ = VᵀV for rows starts[b] … starts[b+1]−1, one tight block after the other.
+     * combine: G[i][j] = d_i·d_j·Σ_p w_p·part_p[r_i][r_j] + c_i·c_j for j ≤ i < n; r = rows, or 0 … n−1 where they are
+     *   NULL; the parts' rows are ld apart. */
     void (*gram_f)(const float *x, int64_t pitch, int64_t K, int64_t first, int64_t last, int add, float *g, int64_t ldg,
                    void *workspace);
     void (*gram_d)(const double *x, int64_t pitch, int64_t K, int64_t first, int64_t last, int add, double *g,
@@ -197,6 +199,10 @@ typedef struct ift_core {
                              void *workspace);
     void (*inverse_blocks_d)(const double *v, int64_t ldv, int64_t n, const int64_t *starts, int64_t count, double *out,
                              void *workspace);
+    void (*combine_f)(const float *const *part, const float *w, int64_t count, int64_t ld, const int64_t *rows,
+                      const float *d, const float *c, int64_t n, float *g, int64_t ldg);
+    void (*combine_d)(const double *const *part, const double *w, int64_t count, int64_t ld, const int64_t *rows,
+                      const double *d, const double *c, int64_t n, double *g, int64_t ldg);
     /* About n vector fused multiply-adds in registers; returns how many floating-point operations that was. */
     double (*fma_loop)(int64_t n, float *sink);
 } ift_core;

@@ -122,6 +122,21 @@ def test_inverse_blocks(dense: Dense, starts: list[int], dtype: DType) -> None:
     assert at == len(got)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 25, 97])
+def test_combine(dense: Dense, n: int, some: bool, dtype: DType) -> None:
+    rng = np.random.default_rng(n)
+    parts = [positive(n, seed).astype(dtype) for seed in range(3)]
+    which = np.sort(rng.permutation(n)[: (n + 1) // 2]) if some else np.arange(n)
+    d, c = rng.uniform(0.5, 2, (2, len(which)))
+    weights = (1.0, 0.3, 0.09)
+    exact = sum(w * part.astype(np.float64)[np.ix_(which, which)] for w, part in zip(weights, parts, strict=True))
+    given = [lower(n, part) for part in parts]
+    got = dense.combine(given, weights, d, c, which if some else None)
+    close(np.tril(got), np.tril(d[:, None] * d * exact + c[:, None] * c), dtype)
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(n=st.integers(1, 120), K=st.integers(1, 600), lam=st.sampled_from([0.1, 1.0, 10.0]), seed=st.integers(0, 999))
 def test_solves_a_regression(dense: Dense, n: int, K: int, lam: float, seed: int) -> None:
@@ -164,6 +179,20 @@ def test_the_core_refuses_what_does_not_fit() -> None:
             core.inverse_blocks(v, np.array(starts), np.zeros(64, np.float32), ws)
     with pytest.raises(ValueError, match="more room"):
         core.inverse_blocks(v, np.array([0, 4]), np.zeros(15, np.float32), ws)
+    one, two, all_rows = np.ones(1, np.float32), np.ones(2, np.float32), np.empty(0, np.int64)
+    h = np.zeros((2, 2), np.float32)
+    core.combine([v], one, np.array([0, 3]), two, two, h)
+    for wrong in (
+        ([v], one, np.array([0, 4]), two, two, h),
+        ([v], one, np.array([-1, 0]), two, two, h),
+        ([v], one, np.array([0]), two, two, h),
+        ([v], one, all_rows, two, two, h),
+        ([v], two, np.array([0, 3]), two, two, h),
+        ([v, h], two, np.array([0, 3]), two, two, h),
+        ([v], one, np.array([0, 3]), one, two, h),
+    ):
+        with pytest.raises(ValueError, match=r"rows must|sizes must|one size"):
+            core.combine(*wrong)
 
 
 def test_engines_agree() -> None:

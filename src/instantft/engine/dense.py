@@ -9,6 +9,7 @@ n rows, K values in each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,6 +47,19 @@ class Dense(Protocol):
         """
         ...
 
+    def combine(
+        self, parts: Sequence[Array], weights: Sequence[float], d: Array, c: Array, rows: Array | None = None
+    ) -> Array:
+        """G_ij = d_i·d_j·Σ_p w_p·P_p[r_i, r_j] + c_i·c_j (n, n), lower triangle, of the parts' type.
+
+        Args:
+            parts: at least one P_p (m, m), C-contiguous, all of one type.
+            weights: w_p of each.
+            d, c: (n,).
+            rows: r (n,), rows and columns of the parts; None: all, and n = m.
+        """
+        ...
+
 
 class NumpyDense:
     """`Dense` in NumPy."""
@@ -76,6 +90,19 @@ class NumpyDense:
         pairs = zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
         blocks = [(V[a:, a:b].T @ V[a:, a:b]).ravel() for a, b in pairs]
         return np.concatenate(blocks) if blocks else np.empty(0, V.dtype)
+
+    def combine(
+        self, parts: Sequence[Array], weights: Sequence[float], d: Array, c: Array, rows: Array | None = None
+    ) -> Array:
+        """See `Dense.combine`."""
+        dtype = parts[0].dtype
+        d, c = d.astype(dtype), c.astype(dtype)
+        G: Array = np.zeros((len(d), len(d)), dtype)
+        for w, part in zip(weights, parts, strict=True):
+            G += dtype.type(w) * (part if rows is None else part[np.ix_(rows, rows)])
+        G *= d[:, None] * d
+        G += c[:, None] * c
+        return G
 
 
 def _by_halves(G: Array, V: Array, a: int, b: int) -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -270,6 +270,17 @@ class NativeDense:
         out = np.empty(int((np.diff(starts) ** 2).sum()), V.dtype)
         self._core.inverse_blocks(V, starts, out, _scratch())
         return out
+
+    def combine(
+        self, parts: Sequence[Array], weights: Sequence[float], d: Array, c: Array, rows: Array | None = None
+    ) -> Array:
+        """G = diag(d)·Σ w_p·P_p·diag(d) + c·cᵀ; see Dense.combine."""
+        dtype = parts[0].dtype
+        G: Array = np.zeros((len(d), len(d)), dtype)
+        which = _NONE64 if rows is None else np.ascontiguousarray(rows, np.int64)
+        w, d, c = (np.ascontiguousarray(v, dtype) for v in (weights, d, c))
+        self._core.combine(list(parts), w, which, d, c, G)
+        return G
 
 
 class NativeEngine:

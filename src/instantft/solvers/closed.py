@@ -22,8 +22,8 @@ from ..errors import DataError
 from .factor import DType, Factor, Rows, blocks_of, inverse_factor, precision, primal_left_out, runs
 from .lifting import Lifting, Map
 from .lowrank import FeatureSpace, Pair, SampleSpace, reduce_rank
-from .records import CHUNK, STRIP, Records, subset
-from .taps import Choice, shrinkage
+from .records import CHUNK, Records, subset
+from .taps import Choice, diagonal, shrinkage
 
 __all__ = ["KEPT", "SCORED", "TOO_LARGE", "Fitted", "Judged", "consecutive", "dual", "judged", "primal"]
 
@@ -116,24 +116,16 @@ def dual(
     """
     dtype = precision(len(Y), choice.lam)  # the largest eigenvalue of K + 1 is about T at most
     with np.errstate(over="ignore", invalid="ignore"):
-        G = records.gram(choice.weights, dtype)
-    squares = np.diagonal(G)
-    if not np.isfinite(squares).all():
+        parts, weights = records.parts(choice.weights, dtype)
+        squares = diagonal(parts, weights)
+    if not np.isfinite(squares).all():  # then so is all else: |x·y| ≤ ‖x‖·‖y‖
         raise DataError(TOO_LARGE)
     s, c = choice.scale, shrinkage(np.sqrt(np.maximum(squares, 0)), choice.limit)
-    for rows in records.chunks(STRIP):
-        at = rows, slice(0, rows.stop)  # the lower triangle is enough
-        if (c == 1).all():
-            G[at] *= dtype(s * s)
-            G[at] += dtype(1)
-        else:
-            G[at] *= (s * c)[rows, None].astype(dtype) * (s * c)[: rows.stop].astype(dtype)
-            G[at] += c[rows, None].astype(dtype) * c[: rows.stop].astype(dtype)
+    K = records.dense.combine(parts, weights, s * c, c)
     if lifting is not None:
         u = lifting.project(records.taps(slice(0, len(records))))
-        G += c[:, None].astype(dtype) * c.astype(dtype) * lifting.gram(u, dtype)
-    G[np.diag_indices_from(G)] += dtype(choice.lam)
-    factor = Factor(G, records.dense)
+        K += c[:, None].astype(dtype) * c.astype(dtype) * lifting.gram(u, dtype)
+    factor = Factor(K, records.dense, choice.lam)
     targets = c[:, None] * Y
     alpha = factor.solve(targets.astype(dtype))
     everyone = [judge.rows[block] for block in judge.blocks]
@@ -142,12 +134,12 @@ def dual(
 
     weighted = c[:, None] * alpha
     small, bias = weighted.astype(np.float32), weighted.sum(axis=0, dtype=np.float64)
-    parts = records.taps(slice(0, len(records)))
+    taps = records.taps(slice(0, len(records)))
     roots = {k: s * float(np.sqrt(w)) for k, w in enumerate(choice.weights) if w > 0}
-    W = {k: root * np.asarray(parts[k].T @ small, np.float64) for k, root in roots.items()}
+    W = {k: root * np.asarray(taps[k].T @ small, np.float64) for k, root in roots.items()}
     pairs = {k: (full, np.eye(Y.shape[1])) for k, full in W.items()}
     if rank is not None and rank < Y.shape[1]:
-        X = {k: (root * c)[:, None] * parts[k] for k, root in roots.items()}
+        X = {k: (root * c)[:, None] * taps[k] for k, root in roots.items()}
         pairs, reduced = reduce_rank(SampleSpace(X, c, targets, choice.lam), W, bias, rank)
         # What the cut changes about a sample's own fit is taken for what it changes about its left-out score.
         change = c[:, None] * (reduced - bias)

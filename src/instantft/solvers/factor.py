@@ -44,14 +44,17 @@ FIRST_JITTER, LAST_JITTER = 1e-12, 1e-4
 HARMLESS = 0.01
 """Share of λ by which rounding may move an eigenvalue before float64 takes over."""
 
+STRIPS, STRIPPED = 4, 256
+"""Strips in which a triangle of so many rows or more is multiplied."""
+
 LEVERAGE_MARGIN = 1e-12
 """Least 1 − h: a sample that fixes its own prediction completely keeps a finite left-out residual."""
 
 
-def inverse_factor(G: Array, dense: Dense = NUMPY) -> Array:
-    """V = L⁻¹, where L is lower triangular and L·Lᵀ = G (n, n), of which the lower triangle is read; of G's type.
+def inverse_factor(G: Array, dense: Dense = NUMPY, lam: float = 0.0) -> Array:
+    """V = L⁻¹, where L is lower triangular and L·Lᵀ = G + λI (n, n); the lower triangle of G is read; of G's type.
 
-    Where rounding has made G indefinite, the smallest of a few multiples of the identity that mends it is added.
+    Where rounding has made that indefinite, the smallest of a few multiples of the identity that mends it is added.
 
     Args:
         dense: who factorises.
@@ -59,14 +62,13 @@ def inverse_factor(G: Array, dense: Dense = NUMPY) -> Array:
     Raises:
         UsageError: G holds NaN or Inf, or is far from positive definite.
     """
-    mean = float(np.trace(G)) / max(len(G), 1)
+    mean = float(np.trace(G)) / max(len(G), 1) + lam
     if not np.isfinite(mean):
         raise UsageError("a system must hold finite values only, not NaN or Inf")
     jitter = 0.0
     while True:
         work = np.array(G, order="C")
-        if jitter:
-            work[np.diag_indices_from(work)] += work.dtype.type(jitter * mean)
+        work.reshape(-1)[:: len(G) + 1] += work.dtype.type(lam + jitter * mean)
         V = dense.inverse_factor(work)
         if V is not None:
             return V
@@ -99,20 +101,28 @@ class Factor:
     """The factorised system of a ridge regression in the dual.
 
     Args:
-        G: (T, T) symmetric, K + λI, of which the lower triangle is read; its type is that of all results.
+        K: (T, T) symmetric, of which the lower triangle is read; its type is that of all results.
         dense: who factorises.
+        lam: λ.
 
     Raises:
         UsageError: see `inverse_factor`.
     """
 
-    def __init__(self, G: Array, dense: Dense = NUMPY) -> None:
-        self.V = inverse_factor(G, dense)
+    def __init__(self, K: Array, dense: Dense = NUMPY, lam: float = 0.0) -> None:
+        self.V = inverse_factor(K, dense, lam)
         self._dense = dense
 
     def solve(self, Y: Array) -> Array:
         """α = G⁻¹·Y, (T, C)."""
-        return np.asarray(self.V.T @ (self.V @ Y))
+        V = self.V
+        beta, alpha = np.empty_like(Y), np.empty_like(Y)
+        cuts = [len(V) * i // STRIPS for i in range(STRIPS + 1)] if len(V) >= STRIPPED else [0, len(V)]
+        for a, b in itertools.pairwise(cuts):  # above V's diagonal is nothing
+            beta[a:b] = V[a:b, :b] @ Y[:b]
+        for a, b in itertools.pairwise(cuts):
+            alpha[a:b] = V[a:, a:b].T @ beta[a:]
+        return alpha
 
     def left_out(self, alpha: Array, blocks: Sequence[Rows] | None = None) -> Array:
         """Residuals (T, C) of every sample, left out alone or with its block.
@@ -134,6 +144,9 @@ class Factor:
         sizes = np.diff(starts)
         ends = np.cumsum(sizes * sizes)
         parts = self._dense.inverse_blocks(self.V, starts)
+        if (sizes == sizes[0]).all():
+            M = parts.reshape(-1, sizes[0], sizes[0])
+            return np.asarray(np.linalg.solve(M, alpha.reshape(len(M), sizes[0], -1)).reshape(alpha.shape))
         for m in np.unique(sizes).tolist():  # blocks of one size together
             which = np.flatnonzero(sizes == m)
             rows = starts[which][:, None] + np.arange(m)

@@ -176,5 +176,7 @@ def _cut(W: Doubles, M: Doubles, rank: int) -> Pair:
 def padded(pair: Pair, rank: int) -> Pair:
     """The same map with exactly R columns and rows, zeros where it needs fewer."""
     A, B = pair
-    more = rank - A.shape[1]
-    return np.pad(A, ((0, 0), (0, more))), np.pad(B, ((0, more), (0, 0)))
+    r = A.shape[1]
+    wide, high = np.zeros((len(A), rank), A.dtype), np.zeros((rank, B.shape[1]), B.dtype)
+    wide[:, :r], high[:r] = A, B
+    return wide, high

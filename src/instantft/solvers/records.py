@@ -26,9 +26,6 @@ Array = NDArray[Any]
 CHUNK = 1024
 """Samples that are looked at together where not all are."""
 
-STRIP = 64
-"""Rows of a Gram matrix that are looked at together."""
-
 RUNS = 32
 """Runs of consecutive samples that a subset consists of."""
 
@@ -100,34 +97,26 @@ class Records:
         if whole is None and (rows is None or len(rows) == len(self)):
             whole = self._products[key] = dense.gram(self._block(key, slice(0, len(self))), np.float32, threads)
         if whole is not None:
-            return whole if rows is None or len(rows) == len(self) else whole[rows].take(rows, axis=1)
+            if rows is None or len(rows) == len(self):
+                return whole
+            n = len(rows)
+            return dense.combine([whole], [1.0], np.ones(n), np.zeros(n), rows)
         assert rows is not None
         return dense.gram(self._block(key, rows), np.float32, threads)
 
-    def gram(self, weights: Sequence[float], dtype: DType) -> Array:
-        """K = Σ_k w_k·X_k·X_kᵀ (T, T), computed in `dtype`; only on and below the diagonal."""
-        self.keep()
-        K = np.zeros((len(self), len(self)), dtype)
-        parts = [(dtype(weights[taps[0]]), part) for taps, part in self._parts(weights, dtype)]
-        for rows in self.chunks(STRIP):  # so that what is added lies near
-            at = rows, slice(0, rows.stop)
-            for i, (weight, part) in enumerate(parts):
-                if i == 0:
-                    np.multiply(part[at], weight, out=K[at])
-                else:
-                    K[at] += weight * part[at]
-        return K
+    def parts(self, weights: Sequence[float], dtype: DType) -> tuple[list[Array], list[float]]:
+        """P_p and w_p with Σ_k w_k·X_k·X_kᵀ = Σ_p w_p·P_p (T, T), computed in `dtype`, on and below the diagonal.
 
-    def _parts(self, weights: Sequence[float], dtype: DType) -> Iterator[tuple[tuple[int, ...], Array]]:
-        """Taps of one weight, and their product: those that are kept, if they make up the whole, or new ones."""
+        Taps of one weight are one part: those that are kept, if they make up the whole, or new ones.
+        """
+        self.keep()
         used = {k for k, w in enumerate(weights) if w}
         kept = [taps for taps in self._products if len({weights[k] for k in taps}) == 1 and set(taps) <= used]
         if dtype is np.float32 and sorted(k for taps in kept for k in taps) == sorted(used):
-            for taps in kept:
-                yield taps, self._products[taps]
-            return
-        for taps in alike(weights):
-            yield taps, self.dense.gram(self._block(taps, slice(0, len(self))), dtype, self._threads)
+            return [self._products[taps] for taps in kept], [weights[taps[0]] for taps in kept]
+        new = alike(weights)
+        products = [self.dense.gram(self._block(taps, slice(0, len(self))), dtype, self._threads) for taps in new]
+        return products, [weights[taps[0]] for taps in new]
 
     def _block(self, taps: tuple[int, ...], which: slice | Rows) -> Floats:
         """Neighbouring taps side by side; the zeros between them add nothing to a product."""

@@ -27,6 +27,7 @@ __all__ = [
     "best_lambda",
     "block_loss",
     "choose",
+    "diagonal",
     "excess",
     "ladder_weights",
     "left_out",
@@ -115,31 +116,27 @@ def system(grams: Sequence[Array], weights: Sequence[float], dense: Dense = NUMP
     record and its target are shrunk alike, which is weighted least squares: still exact, and what is fitted is still
     linear in the record.
     """
-    K = np.zeros_like(grams[0])
-    for w, part in zip(weights, grams, strict=True):
-        if w:
-            K += w * part
-    norms = np.sqrt(np.maximum(np.diagonal(K), 0).astype(np.float64))
+    used = [(w, part) for w, part in zip(weights, grams, strict=True) if w]
+    parts, some = [part for _, part in used], [w for w, _ in used]
+    norms = np.sqrt(np.maximum(diagonal(parts, some), 0).astype(np.float64))
     median = float(np.median(norms))
     limit = CLIP * median if median > 0 else np.inf
     c = shrinkage(norms, limit)
     mean = float((c * norms).mean())
     scale = 1.0 / mean if mean > 0 else 1.0
-    if (c == 1).all():
-        K *= scale * scale
-        K += 1
-    else:
-        K *= (scale * c)[:, None] * (scale * c)
-        K += c[:, None] * c
-    return System(K, c, scale, limit, dense)
+    return System(dense.combine(parts, some, scale * c, c), c, scale, limit, dense)
+
+
+def diagonal(parts: Sequence[Array], weights: Sequence[float]) -> Array:
+    """That of Σ w_p·P_p, (n,) in the parts' type."""
+    each = [part.dtype.type(w) * np.diagonal(part) for w, part in zip(weights, parts, strict=True)]
+    return np.asarray(np.sum(each, axis=0))
 
 
 def solved(system: System, Y: Doubles, lam: float) -> tuple[Factor, Array]:
     """The factor and α at λ."""
     dtype = precision(len(Y), lam) if len(Y) > SMALL else np.float64
-    G: Array = system.K.astype(dtype)
-    G[np.diag_indices_from(G)] += lam
-    factor = Factor(G, system.dense)
+    factor = Factor(system.K.astype(dtype, copy=False), system.dense, lam)
     return factor, factor.solve((system.c[:, None] * Y).astype(dtype))
 
 
@@ -198,10 +195,14 @@ class Sample:
     blocks: Sequence[Rows]
     dense: Dense = NUMPY
 
+    def system(self, weights: Sequence[float]) -> System:
+        """Of its taps, weighted."""
+        return system(self.grams, weights, self.dense)
+
 
 def with_weights(sample: Sample, weights: Sequence[float]) -> Choice:
     """λ for weights that are given."""
-    made = system(sample.grams, weights, sample.dense)
+    made = sample.system(weights)
     lam, _ = best_lambda(made, sample.Y)
     return Choice(lam, tuple(float(w) for w in weights), made.scale, made.limit)
 
@@ -223,7 +224,7 @@ def choose(few: Sample, many: Callable[[], Sample] | None = None) -> Choice:
     tried: dict[tuple[float, ...], tuple[float, Doubles]] = {}
     lam = START
     for weights in dict.fromkeys(rungs):
-        made, first = system(few.grams, weights, few.dense), None
+        made, first = few.system(weights), None
         if tried and many is not None:
             factor, alpha = solved(made, few.Y, lam)
             first = squared(factor.left_out(alpha))
@@ -237,7 +238,7 @@ def choose(few: Sample, many: Callable[[], Sample] | None = None) -> Choice:
         tried = {w: tried[w] for w in _no_worse({w: loss for w, (_, loss) in tried.items()}, few.blocks, SURE)}
         if len(tried) > 1:
             few = many()
-            systems = {w: system(few.grams, w, few.dense) for w in tried}
+            systems = {w: few.system(w) for w in tried}
             tried = {w: (lam, block_loss(few, systems[w], lam)) for w, (lam, _) in tried.items()}
     margin = MARGIN * min(1.0, len(few.Y) / ENOUGH)
     last = _no_worse({w: loss for w, (_, loss) in tried.items()}, few.blocks, margin)[-1]
@@ -279,6 +280,7 @@ def excess(difference: Doubles, blocks: Sequence[Rows]) -> float:
     mean, B = float(difference.mean()), len(blocks)
     if B < 2:
         return float("inf") if mean > 0 else 0.0
-    spread = np.array([(difference[rows] - mean).sum() for rows in blocks])
+    starts = np.cumsum([0, *map(len, blocks[:-1])])
+    spread = np.add.reduceat(difference[np.concatenate(blocks)] - mean, starts)
     error = float(np.sqrt(B / (B - 1) * (spread * spread).sum())) / len(difference)
     return mean / error if error > 0 else (float("inf") if mean > 0 else 0.0)
