@@ -9,11 +9,7 @@ fine-tuned on, the adapters' start and the order of the samples. PyTorch gets th
 left between the two is rounding. Accuracy is measured on samples that neither side has trained on: for the images all
 8,976 others of the test set, turned alike. Means and standard deviations over the seeds, in percent.
 
-Settings the papers state are theirs (epochs, B=20, R=4, lr 0.1 for the images). For the DNN they state no learning
-rate. Of 0.01, 0.02, 0.05 and 0.1, fine-tuning has 0.02: the largest at which no method diverges on any of the three
-sets (LoRA-All does at 0.05 on HAR and at 0.1 on the fan); Skip2-LoRA moves by less than a point between 0.01 and 0.1.
-Pre-training has 0.05, at which the accuracies after fine-tuning come closest to the papers'; from 0.01 to 0.05 they
-move by up to 3 points on Damage2 and HAR, and by less than 1 on Damage1.
+Tasks and settings are those of `instantft.data.protocols`, which says where they come from.
 """
 
 from __future__ import annotations
@@ -25,27 +21,30 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import ROOT, load, machine, orders, save_json, scaled, spread, table
+from benchmarks.common import ROOT, data_file, machine, orders, save_json, spread, table
 from instantft.adapters import initial
 from instantft.backbones.builtin import Network
 from instantft.cache.codecs import CODECS
 from instantft.cache.store import memory_store
-from instantft.data.drift import rotate
+from instantft.data import protocols
+from instantft.data.protocols import BATCH, RANK, TASKS, Samples, Task, network, quick
 from instantft.engine import Engine, Floats, get_engine
 from instantft.errors import DivergedError
 from instantft.methods import SGD_METHODS, Method
 from instantft.solvers import sgd
-from instantft.spec import NetSpec, dnn, lenet5
 
-BATCH, RANK = 20, 4
+FOLDER = data_file("")
+__all__ = [
+    "BATCH", "CODECS", "RANK", "TASKS", "Samples", "Task", "accuracy", "base", "drifted", "network", "pretraining",
+]  # fmt: skip
+
 DRAWS = 8
 """Fine-tunings a seed in the comparison of caches, each with its own images, start and order: one run's accuracy moves
 by a point when only rounding changes, which is more than what is to be seen."""
@@ -55,124 +54,15 @@ WITHIN_TORCH = 3.0
 WITHIN_FP32 = 0.4
 """Points that a 4-bit cache may be away from the fp32 cache."""
 
-Samples = tuple[Floats, NDArray[np.int32]]
-
-
-@dataclass(frozen=True)
-class Task:
-    """A drift: what the network was trained on, what it is adapted to, and with which settings.
-
-    Attributes:
-        file: in the data folder.
-        degrees: by which the images are turned; None: the file holds the drifted samples.
-        pretrain: images or rows to pre-train on; 0: all.
-        finetune: test images to fine-tune on.
-        paper: the papers' figures by method ("none": before fine-tuning; codec names: with that cache).
-        source: where they stand.
-    """
-
-    title: str
-    file: str
-    degrees: float | None
-    pretrain_epochs: int
-    pretrain_lr: float
-    epochs: int
-    lr: float
-    paper: tuple[tuple[str, str], ...]
-    source: str
-    pretrain: int = 0
-    finetune: int = 1024
-
-
-TASKS: dict[str, Task] = {
-    "fashion": Task(
-        "Fashion-MNIST turned by 75°", "fashion_mnist.npz", 75, 10, 0.1, 10, 0.1,
-        (
-            ("none", "9.2"), ("ft-last", "60.9"), ("lora-all", "75.6"), ("lora-last", "53.8"),
-            ("skip-lora", "73.5"), ("skip2-lora", "73.5"), ("fp32", "73.5"), ("nf4-block64", "74.0"),
-        ),
-        "poster",
-    ),
-    "mnist": Task(
-        "MNIST turned by 90°", "mnist.npz", 90, 10, 0.1, 10, 0.1,
-        (("lora-all", "91.2"), ("skip2-lora", "91.8")),
-        "InstantFT §5.2",
-    ),
-    "damage1": Task(
-        "Cooling fan, Damage1", "fan_damage1.npz", None, 100, 0.05, 300, 0.02,
-        (
-            ("none", "60.6 ± 13.7"), ("ft-all", "98.7 ± 2.1"), ("ft-last", "94.2 ± 2.2"), ("ft-bias", "79.4 ± 7.5"),
-            ("ft-all-lora", "98.6 ± 2.1"), ("lora-all", "98.3 ± 1.3"), ("lora-last", "94.7 ± 2.9"),
-            ("skip-lora", "96.1 ± 2.1"), ("skip2-lora", "96.2 ± 2.3"),
-        ),
-        "Skip2-LoRA, Tables 3 and 4",
-    ),
-    "damage2": Task(
-        "Cooling fan, Damage2", "fan_damage2.npz", None, 100, 0.05, 300, 0.02,
-        (
-            ("none", "51.9 ± 8.0"), ("ft-all", "88.1 ± 6.1"), ("ft-last", "92.4 ± 3.7"), ("ft-bias", "79.6 ± 6.5"),
-            ("ft-all-lora", "88.9 ± 5.7"), ("lora-all", "86.5 ± 4.9"), ("lora-last", "93.6 ± 3.5"),
-            ("skip-lora", "93.2 ± 3.9"), ("skip2-lora", "93.5 ± 3.2"),
-        ),
-        "Skip2-LoRA, Tables 3 and 4",
-    ),
-    "har": Task(
-        "Human activity (HAR)", "har_features561.npz", None, 300, 0.05, 600, 0.02,
-        (
-            ("none", "80.0 ± 5.6"), ("ft-all", "91.0 ± 1.9"), ("ft-last", "89.3 ± 1.1"), ("ft-bias", "82.2 ± 1.3"),
-            ("ft-all-lora", "90.4 ± 2.5"), ("lora-all", "91.1 ± 1.3"), ("lora-last", "89.8 ± 1.5"),
-            ("skip-lora", "92.1 ± 1.1"), ("skip2-lora", "92.0 ± 1.0"),
-        ),
-        "Skip2-LoRA, Tables 3 and 4",
-    ),
-}  # fmt: skip
-
-
-def quick(task: Task) -> Task:
-    """The same with next to no training."""
-    return replace(task, pretrain_epochs=1, epochs=2, pretrain=200, finetune=60)
-
-
-def network(task: Task) -> NetSpec:
-    if task.degrees is not None:
-        return lenet5((1, 28, 28))
-    return dnn(561, 6) if "har" in task.file else dnn(256, 3)
-
 
 def pretraining(task: Task) -> Samples:
     """What the base network is trained on."""
-    data = load(task.file)
-    if task.degrees is not None:
-        x, y = scaled(data["train_x"].reshape(-1, 784)), data["train_y"]
-    elif "har" in task.file:
-        x, y = data["x"][data["pretrain_idx"]], data["y"][data["pretrain_idx"]]
-    else:
-        x, y = data["pretrain_x"], data["pretrain_y"]
-    n = task.pretrain or len(x)
-    return np.ascontiguousarray(x[:n], np.float32), y[:n].astype(np.int32)
-
-
-@lru_cache(maxsize=1)
-def turned(file: str, degrees: float) -> tuple[Floats, NDArray[Any]]:
-    """The test images, turned, and their labels."""
-    data = load(file)
-    return rotate(scaled(data["test_x"]), degrees).reshape(-1, 784), data["test_y"]
+    return protocols.pretraining(task, FOLDER)
 
 
 def drifted(task: Task, seed: int) -> tuple[Samples, Samples]:
     """What it is fine-tuned on, and what it is tested on."""
-    if task.degrees is not None:
-        x, y = turned(task.file, task.degrees)
-        shuffled = np.random.default_rng([seed, 75]).permutation(len(x))
-        parts = [(x[i], y[i]) for i in (shuffled[: task.finetune], shuffled[task.finetune :])]
-    elif "har" in task.file:
-        data = load(task.file)
-        parts = [(data["x"][data[i]], data["y"][data[i]]) for i in ("finetune_idx", "test_idx")]
-    else:
-        data = load(task.file)
-        parts = [(data["finetune_x"], data["finetune_y"]), (data["test_x"], data["test_y"])]
-    tune, test = ((np.ascontiguousarray(x, np.float32), y.astype(np.int32)) for x, y in parts)
-    return tune, test
+    return protocols.drifted(task, FOLDER, seed)
 
 
 def base(engine: Engine, name: str, task: Task, seed: int) -> Network:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
     not (README.is_file() and (ROOT / "Makefile").is_file()), reason="the README is not part of the installed package"
 )
 
-LONG = ("demo", "bench")
+LONG = ("demo", "bench", "reproduce")
 """Commands that are only parsed here; their own tests run them."""
 
 IMAGES, CLASSES = 60, 4

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -75,8 +75,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
             return _fail(e.format_message() + hint)
         except click.exceptions.Exit as e:
             return e.exit_code
-        except (click.Abort, KeyboardInterrupt):
-            click.echo("interrupted; nothing was replaced", err=True)
+        except (click.Abort, KeyboardInterrupt) as e:
+            click.echo(str(e.__cause__ or e) or "interrupted; nothing was replaced", err=True)
             return 130
         except InstantFTError as e:
             return _fail(str(e))
@@ -765,6 +765,59 @@ def bench(
         "\n“skip2-lora is” says how many times as fast Skip2-LoRA with its fp32 cache is. "
         "Accuracy is on the samples adapted to."
     )
+
+
+@commands.command()
+@click.argument("targets", nargs=-1, metavar="[TARGET …]")
+@click.option("--quick", is_flag=True, help="Next to nothing of everything, in under three minutes.")
+@click.option("--out", default="reproduction", show_default=True, metavar="DIR", help="Report, pictures and results.")
+@click.option("--data-dir", metavar="DIR", help="Data sets. [default: $INSTANTFT_DATA or ../shared/data]")
+@click.option("--trials", type=int, metavar="N", help="Seeds behind every mean. [default: as many as the papers]")
+@click.option("--jobs", type=int, metavar="N", help="Trials at a time. [default: one a processor]")
+@_engine_option
+@_json_option
+def reproduce(
+    targets: tuple[str, ...],
+    quick: bool,
+    out: str,
+    data_dir: str | None,
+    trials: int | None,
+    jobs: int | None,
+    engine: str | None,
+    as_json: bool,
+) -> None:
+    """Make the papers' tables and figures again, and a report of them beside ours: report.md, .html and .json.
+
+    Finished trials are kept in DIR: a run that was stopped goes on where it stopped. Without TARGET: all of them.
+    """
+    from .experiments.catalogue import RESULTS, chosen
+    from .experiments.catalogue import reproduce as run_all
+    from .experiments.core import extra
+
+    chosen(targets)
+    if jobs is not None and not 1 <= jobs <= 1024:
+        raise UsageError(f"--jobs must be 1 to 1024, not {jobs}")
+    _engine(engine)
+    joblib = extra("joblib", "joblib")
+
+    @contextlib.contextmanager
+    def stage(label: str) -> Iterator[Callable[[float], None]]:
+        with _Bar(label, 100) as bar:
+            yield lambda share: bar.update(100 * share)
+
+    try:
+        with joblib.parallel_config(n_jobs=jobs or os.cpu_count() or 1):
+            made = run_all(targets, Path(out), quick=quick, trials=trials, data=data_dir, engine=engine, stage=stage)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; finished trials are in {Path(out) / RESULTS}, and the same command goes on"
+        ) from None
+    report = [str(path) for path in made.files]
+    if as_json:
+        return _print_json({"targets": list(made.sections), "ran": made.ran, "kept": made.kept, "files": report})
+    for name, section in made.sections.items():
+        click.echo(f"{name}: {' '.join(section.note.split())}\n")
+    click.echo(f"{made.ran} trials run, {made.kept} kept from before; the report is {Path(out) / 'report.html'}")
 
 
 # -- what the commands share -----------------------------------------------------------------------------------------
