@@ -323,8 +323,9 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SLOW_RUN = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from instantft import cli
 from instantft.experiments import catalogue
 from instantft.experiments.core import Section, Target, Trial
