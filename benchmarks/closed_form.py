@@ -17,7 +17,7 @@ import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -228,6 +228,27 @@ def blocks_report(engine: Engine, seeds: int) -> str:
     return table(["left out together", *(str(n) for n in RUN_LENGTHS), "person, speed"], rows)
 
 
+def kept(path: Path | None) -> dict[str, Any]:
+    """The results of an earlier run, which are not measured again."""
+    found: dict[str, Any] = json.loads(path.read_text())["results"] if path and path.is_file() else {}
+    return found
+
+
+def over_seeds(
+    engine: Engine, args: argparse.Namespace, measure: Callable[[Engine, str, int, int], Numbers]
+) -> dict[str, Any]:
+    """What `measure` says of every task, size and seed that was asked for, by these; saved after each."""
+    results = kept(args.json)
+    for name, size, seed in itertools.product(args.tasks, args.sizes, range(args.seeds)):
+        have = results.setdefault(name, {}).setdefault(str(size), {})
+        if str(seed) not in have:
+            announce(f"{name} size {size} seed {seed}")
+            have[str(seed)] = measure(engine, name, seed, size)
+            save_json(args.json, {"machine": machine(), "results": results})
+    announce("")
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=NAMES, default=NAMES)
@@ -241,10 +262,8 @@ def main() -> None:
     if args.blocks:
         print(blocks_report(engine, args.seeds))
         return
-    results: dict[str, Any] = {}
-    if args.json and args.json.is_file():
-        results = json.loads(args.json.read_text())["results"]
     if args.gate:
+        results = kept(args.json)
         for seed, name, size in itertools.product(range(args.seeds), GATE_TASKS, GATE_SIZES):
             key = f"{name} {size} {seed}"
             if key not in results:
@@ -254,16 +273,7 @@ def main() -> None:
         announce("")
         print(gate_report(results))
         return
-    for name in args.tasks:
-        for size in args.sizes:
-            for seed in range(args.seeds):
-                have = results.setdefault(name, {}).setdefault(str(size), {})
-                if str(seed) not in have:
-                    announce(f"{name} size {size} seed {seed}")
-                    have[str(seed)] = measure(engine, name, seed, size)
-                    save_json(args.json, {"machine": machine(), "results": results})
-    announce("")
-    print(report(results, args.sizes))
+    print(report(over_seeds(engine, args, measure), args.sizes))
 
 
 if __name__ == "__main__":

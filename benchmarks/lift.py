@@ -13,7 +13,6 @@ multiply-adds of one prediction in units of the frozen network's, and kilobytes 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.accuracy import TASKS, base
-from benchmarks.closed_form import NAMES, right, samples, task
-from benchmarks.common import announce, clock, interleaved, machine, save_json, table, timed
+from benchmarks.closed_form import NAMES, over_seeds, right, samples, task
+from benchmarks.common import clock, interleaved, table, timed
 from instantft.backbones.builtin import Network
 from instantft.cache.store import memory_store
 from instantft.cost import linear_macs
@@ -125,19 +124,7 @@ def main() -> None:
         clock.count_cpu()
         print(times(engine, args.tasks, args.repeat))
         return
-    results: dict[str, dict[str, dict[str, Numbers]]] = {}
-    if args.json and args.json.is_file():
-        results = json.loads(args.json.read_text())["results"]
-    for name in args.tasks:
-        for size in args.sizes:
-            for seed in range(args.seeds):
-                have = results.setdefault(name, {}).setdefault(str(size), {})
-                if str(seed) not in have:
-                    announce(f"{name} size {size} seed {seed}")
-                    have[str(seed)] = measure(engine, name, seed, size)
-                    save_json(args.json, {"machine": machine(), "results": results})
-    announce("")
-    print(report(results, args.sizes))
+    print(report(over_seeds(engine, args, measure), args.sizes))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from instantft.backbones.builtin import Network
 from instantft.engine import Engine
 from instantft.errors import DataError, DivergedError, MismatchError, UsageError
 from instantft.methods import METHODS, method
+from instantft.solvers.calibration import softmax
 from instantft.solvers.holdout import STAIRS
-from instantft.tuner import FineTuner, load, probabilities
+from instantft.tuner import FineTuner, load
 
 from . import samples
 
@@ -252,7 +253,7 @@ def test_every_cacheable_method_takes_a_cache() -> None:
 
 
 def test_probabilities_survive_large_logits() -> None:
-    p = probabilities(np.array([[1e30, -1e30], [0, 0]], np.float32))
+    p = softmax(np.array([[1e30, -1e30], [0, 0]], np.float32))
     np.testing.assert_array_equal(p, [[1, 0], [0.5, 0.5]])
 
 

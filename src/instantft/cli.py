@@ -25,9 +25,6 @@ import click
 from .errors import EngineError, FileError, InstantFTError, UsageError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from .adapters import Adapter
     from .backbones.builtin import Network
     from .data import Samples
@@ -507,7 +504,7 @@ def evaluate(
     """Accuracy and loss on labelled samples, per class, and the confusion matrix."""
     import numpy as np
 
-    from .solvers.calibration import expected_calibration_error, softmax
+    from .solvers.calibration import expected_calibration_error, log_loss, softmax
     from .table import format_table
 
     network, chosen, samples, logits = _forward(base, adapter, data, mean, std, threads, engine, labels=True)
@@ -518,7 +515,7 @@ def evaluate(
     counts, right = confusion.sum(axis=1), confusion.diagonal()
     result: dict[str, Any] = {
         "accuracy": float(right.sum() / len(y)),
-        "loss": _loss(logits, y),
+        "loss": float(log_loss(logits.astype(np.float64), y).mean()),
         "calibration_error": expected_calibration_error(softmax(logits), y),
         "n": len(y),
         "per_class": [
@@ -576,7 +573,7 @@ def predict(
 
     from . import files
     from .adapters import CONFIG_FILE, TENSOR_FILE
-    from .tuner import probabilities
+    from .solvers.calibration import softmax
 
     inputs = {"--data": data, "BASE": base}
     if adapter:
@@ -588,7 +585,7 @@ def predict(
     _, chosen, _, logits = _forward(base, adapter, data, mean, std, threads, engine, labels=False)
     label = logits.argmax(axis=1)
     buffer = io.BytesIO()
-    np.savez(buffer, logits=logits, probabilities=probabilities(logits), label=label)
+    np.savez(buffer, logits=logits, probabilities=softmax(logits), label=label)
     files.write_whole(Path(out), buffer.getvalue(), "predictions")
     if as_json:
         return _print_json({"n": len(label), "out": out, "engine": chosen.name})
@@ -941,15 +938,6 @@ def _logits(engine: Engine, network: Network, adapter: Adapter | None, samples: 
     tensors = {**network.tensors, **(adapter.tensors if adapter else {})}
     with _Bar("predicting", len(samples.x)) as bar:
         return forward(engine, network.spec, tensors, samples.x, threads, bar.update)
-
-
-def _loss(logits: Floats, y: NDArray[np.int32]) -> float:
-    """Mean cross-entropy."""
-    import numpy as np
-
-    z = logits.astype(np.float64)
-    z -= z.max(axis=1, keepdims=True)
-    return float((np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(y)), y]).mean())
 
 
 def _history(stats: EpochStats, T: int) -> list[dict[str, float]]:

@@ -28,6 +28,7 @@ from .engine import Engine, Floats, forward, get_engine, parts
 from .errors import DataError, FileError, UsageError
 from .methods import METHODS, Method, own_rank
 from .solvers import lifting, sgd
+from .solvers.calibration import softmax
 from .solvers.closed import Judged
 from .solvers.dual import check_space
 from .solvers.gate import Decision, gate
@@ -36,7 +37,7 @@ from .solvers.ridge import MAX_SYSTEM, RidgeResult, fit_ridge
 from .solvers.stream import Stream
 from .solvers.streaming import check_stream
 
-__all__ = ["AUTO", "EPOCHS", "FineTuner", "HeldOut", "load", "probabilities"]
+__all__ = ["AUTO", "EPOCHS", "FineTuner", "HeldOut", "load"]
 
 Self = TypeVar("Self", bound="FineTuner")
 Result = sgd.FitResult | RidgeResult
@@ -387,7 +388,7 @@ class FineTuner:
 
     def predict_proba(self, x: ArrayLike) -> Floats:
         """Softmax probabilities (T, C) float32."""
-        return probabilities(self.decision_function(x))
+        return np.asarray(softmax(self.decision_function(x)))
 
     def predict(self, x: ArrayLike) -> NDArray[np.int64]:
         """Labels (T,), 0 … C-1."""
@@ -803,12 +804,6 @@ def _flushed(store: Store | None) -> Iterator[None]:
             with contextlib.suppress(FileError):
                 store.flush()
         raise
-
-
-def probabilities(logits: Floats) -> Floats:
-    """Softmax of logits (T, C), by row."""
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
 
 
 def _history(result: Result, T: int) -> dict[str, list[float]]:
