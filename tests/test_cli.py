@@ -22,6 +22,8 @@ from instantft import cli
 from instantft.adapters import CONFIG_FILE, Adapter
 from instantft.backbones import builtin
 from instantft.backbones.builtin import Network
+from instantft.cli import bar as bar_module
+from instantft.cli.bar import Bar
 from instantft.solvers import sgd
 
 from . import samples
@@ -29,7 +31,7 @@ from . import samples
 X, Y = samples.blobs(60)
 BASE = samples.base()
 
-ENV = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
+ENV = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -539,13 +541,13 @@ def test_unexpected_errors_are_1(here: Path) -> None:
 
 def test_progress_bar_only_on_a_terminal_and_only_after_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     def work() -> None:
-        with cli._Bar("work", 3) as bar:
+        with Bar("work", 3) as bar:
             for done in (1, 2, 3):
                 bar.update(done)
 
     assert on_a_terminal(monkeypatch, work, after=60.0) == ""
     assert "work" in on_a_terminal(monkeypatch, work)
-    with cli._Bar("work", 3) as bar:
+    with Bar("work", 3) as bar:
         bar.update(1)
         assert bar._bar is None
 
@@ -563,7 +565,7 @@ def on_a_terminal(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any], afte
     thread = threading.Thread(target=reader)
     thread.start()
     with monkeypatch.context() as m, os.fdopen(theirs, "w") as terminal:
-        m.setattr(cli, "BAR_AFTER", after)
+        m.setattr(bar_module, "BAR_AFTER", after)
         m.setattr(sys, "stderr", terminal)
         work()
     thread.join()
@@ -573,7 +575,7 @@ def on_a_terminal(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any], afte
 
 def test_a_bar_shows_itself_while_one_long_call_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
     def work() -> None:
-        with cli._Bar("work", 1):
+        with Bar("work", 1):
             time.sleep(0.3)
 
     assert "work" in on_a_terminal(monkeypatch, work)
@@ -581,7 +583,7 @@ def test_a_bar_shows_itself_while_one_long_call_lasts(monkeypatch: pytest.Monkey
 
 def test_stages_of_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     def work() -> None:
-        with cli._Bar("one", 1) as bar:
+        with Bar("one", 1) as bar:
             bar.update(0.5)
             bar.stage("two", 8)
             bar.update(2)

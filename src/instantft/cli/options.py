@@ -1,0 +1,127 @@
+"""The group of commands, the options that several of them share, and what is made of their values."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ..errors import EngineError, FileError, UsageError
+
+if TYPE_CHECKING:
+    from ..adapters import Adapter
+    from ..backbones.builtin import Network
+    from ..engine import Engine
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class _Lazy(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of the story, not of the alphabet
+
+
+def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        import instantft
+
+        click.echo(f"instantft {instantft.__version__}")
+        ctx.exit()
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
+def commands() -> None:
+    """Adapt a trained network on the device, in milliseconds, from about a thousand labelled samples."""
+
+
+engine_option = click.option("--engine", metavar="native|reference", help="Who computes. [default: native]")
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+
+
+threads_option = click.option("--threads", default=1, show_default=True, help="For running the frozen network.")
+
+
+seed_option = click.option("--seed", default=0, show_default=True, help="Decides the whole result.")
+
+
+batch_option = click.option("--batch-size", default=20, show_default=True)
+
+
+adapter_option = click.option("--adapter", metavar="DIR", help="Adapter to use with it. [default: none]")
+
+
+taps_option = click.option(
+    "--taps", metavar="T[,T…]", help="Of an ONNX model: names, patterns, NAME@GRID, or auto[:BYTES]. [default: auto]"
+)
+
+
+history_option = click.option("--history", is_flag=True, help="Loss and accuracy of every epoch.")
+
+
+def preprocessing_options(instead: str) -> Callable[[Command], Command]:
+    def add(command: Command) -> Command:
+        for name, what in (("--std", "Divide by this, per channel"), ("--mean", "Subtract this, per channel")):
+            command = click.option(name, metavar="V[,V…]", help=f"{what}. [default: {instead}]")(command)
+        return command
+
+    return add
+
+
+def engine_of(name: str | None) -> Engine:
+    from ..engine import get_engine
+
+    if name is not None:
+        return get_engine(name)
+    try:
+        return get_engine("native")
+    except EngineError as e:
+        if os.environ.get("INSTANTFT_ISA"):
+            raise  # who asks for one instruction set does not want another engine
+        click.echo(f"warning: {' '.join(str(e).split())}; the slow NumPy engine computes", err=True)
+        return get_engine("reference")
+
+
+def values(option: str, text: str | None) -> tuple[float, ...]:
+    if text is None:
+        return ()
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option} must be numbers with commas between them, not {text!r:.60}") from None
+
+
+def preprocessing(
+    network: Network, mean: str | None, std: str | None, adapter: Adapter | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What to take off samples and divide them by: the options, else what the adapter was made with, else the base."""
+    from ..backbones.builtin import check_preprocessing
+
+    kept = adapter.config if adapter is not None else {}
+    try:
+        made = [
+            tuple(float(v) for v in kept.get(name, of)) for name, of in (("mean", network.mean), ("std", network.std))
+        ]
+    except (TypeError, ValueError):
+        raise FileError(
+            f"an adapter's mean and std must be lists of numbers, not {str(kept.get('mean'))[:40]!r} "
+            f"and {str(kept.get('std'))[:40]!r}"
+        ) from None
+    means = made[0] if mean is None else values("--mean", mean)
+    stds = made[1] if std is None else values("--std", std)
+    return check_preprocessing(means, stds, network.spec.input_shape)
+
+
+def check_file_target(out: str, inputs: Mapping[str, str | None]) -> None:
+    """Refuse, before any work is done, a place where no file can come to be, and a file that is read as well."""
+    from .. import files
+
+    files.check_file(Path(out), "--out")
+    for name, path in inputs.items():
+        if path and os.path.realpath(out) == os.path.realpath(path):
+            raise UsageError(f"--out must be another file than {name}, not {out}")
