@@ -405,6 +405,20 @@ def test_judge_compares_on_samples_left_out(engine: Engine) -> None:
         tuner().judge()
 
 
+def test_judging_by_records_runs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the frozen network says of the samples is in their records; of another adapter nobody knows."""
+    t = tuner(epochs=None).fit(X, Y)
+    wanted, other = t.judge(t.adapter), tuner(epochs=None).fit(X, Y[::-1]).adapter
+
+    def refused(*_: object) -> None:
+        raise RuntimeError("the network must not run")
+
+    monkeypatch.setattr("instantft.tuner.forward", refused)
+    assert t.judge().after == wanted.after
+    with pytest.raises(RuntimeError, match="must not run"):
+        t.judge(other)
+
+
 def frozen(engine: Engine, x: Any) -> Any:
     return engine.forward(BASE.spec, BASE.tensors, x)
 

@@ -450,12 +450,17 @@ class FineTuner:
         samples, held = self._last_samples(), self.left_out()
         if said is not None and np.shape(said) != (len(samples.x),):
             raise UsageError(f"said must be one a sample, ({len(samples.x)},), not {list(np.shape(said))}")
-        judge, old = held.judge, dict(self.base.tensors)
-        if against is not None:
-            against.check_base(self.base)
-            old |= against.tensors
-        x, y = np.ascontiguousarray(samples.x[judge.rows]), samples.y[judge.rows]
-        before = forward(self._engine(), self.base.spec, old, x, self.threads).argmax(axis=1)
+        judge = held.judge
+        y = samples.y[judge.rows]
+        if against is None and held.frozen is not None:
+            before = held.frozen.argmax(axis=1)
+        else:
+            old = dict(self.base.tensors)
+            if against is not None:
+                against.check_base(self.base)
+                old |= against.tensors
+            x = np.ascontiguousarray(samples.x[judge.rows])
+            before = forward(self._engine(), self.base.spec, old, x, self.threads).argmax(axis=1)
         after, blocks = held.logits.argmax(axis=1), judge.blocks
         if said is not None:
             known = said[judge.rows]
@@ -736,7 +741,11 @@ class FineTuner:
             if result.adapter is not self.adapter_:  # a stream has gone on since
                 result = self._ridge(engine, samples, store)
             return HeldOut(
-                Judged(result.rows, result.blocks), result.block_scores, self.adapter_, samples.groups is not None
+                Judged(result.rows, result.blocks),
+                result.block_scores,
+                self.adapter_,
+                samples.groups is not None,
+                result.frozen_scores,
             )
         judge, logits = hold_out(
             engine, self.base, m, samples.x, samples.y,
@@ -776,12 +785,14 @@ class HeldOut:
         logits: (n, C) float32.
         adapter: the adapter that is judged by them.
         grouped: whether they were left out in groups that the caller has named.
+        frozen: (n, C) float32, what the frozen network says of them, where that is in their records; else None.
     """
 
     judge: Judged
     logits: Floats
     adapter: Adapter
     grouped: bool
+    frozen: Floats | None = None
 
 
 @dataclass(frozen=True)
