@@ -103,8 +103,8 @@ def measure(engine: Engine, name: str, seed: int, size: int) -> Numbers:
     logits = adapted(engine, net, result, x)
     found |= {
         "auto": right(logits, y),
-        "loo": result.loo_accuracy,
-        "block": result.block_accuracy,
+        "loo": result.loo_score,
+        "block": result.block_score,
         "ece": expected_calibration_error(softmax(logits), y),
         "accepted": float(result.decide().accepted),
         "lam": result.lam,
@@ -212,7 +212,7 @@ def estimates(engine: Engine, name: str, seed: int) -> dict[str, tuple[float, fl
     found = {}
     for length in (*RUN_LENGTHS, None):
         result = fit_ridge(engine, net, x, y, seed=seed, groups=groups_of(name, len(x), length))
-        found[str(length)] = result.block_accuracy, right(adapted(engine, net, result, tx), ty)
+        found[str(length)] = result.block_score, right(adapted(engine, net, result, tx), ty)
     return found
 
 

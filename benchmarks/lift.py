@@ -52,8 +52,8 @@ def measure(engine: Engine, name: str, seed: int, size: int) -> Numbers:
         column = kind or "linear"
         found |= {
             column: right(logits, y),
-            f"{column} loo": result.loo_accuracy,
-            f"{column} block": result.block_accuracy,
+            f"{column} loo": result.loo_score,
+            f"{column} block": result.block_score,
             f"{column} ece": expected_calibration_error(softmax(logits), y),
             f"{column} lam": result.lam,
             f"{column} seconds": result.seconds.total,

@@ -35,6 +35,10 @@ def test_python_in_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     first, *others = re.findall(r"```python\n(.*?)```", guide(), re.DOTALL)
     exec(first, {"x": rng.random((40, 3 * 24 * 24), np.float32), "y": (np.arange(40) % 5).astype(np.int32)})
     assert ift.load("base.safetensors").spec.C == 5
+    (embedded,) = (block for block in others if "embeddings" in block)
+    others.remove(embedded)
+    e, of = rng.random((40, 768), np.float32), (np.arange(40) % 10).astype(np.int32)
+    exec(embedded, {"x": e, "y": of, "x_test": e, "y_test": of})
     samples.base().save("base.safetensors")
     names: dict[str, Any] = {"x": x, "y": y, "x_test": x, "y_test": y, "x_new": x, "y_new": y}
     names |= {"x_old": x[[0, 5, 9]], "y_old": y[[0, 5, 9]]}

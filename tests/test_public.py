@@ -25,6 +25,7 @@ SURFACE = {
     "UsageError",
     "__version__",
     "dnn",
+    "embeddings",
     "from_onnx",
     "lenet5",
     "load",

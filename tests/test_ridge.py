@@ -117,8 +117,8 @@ def test_left_out_scores_are_those_of_fitting_again(T: int, grouped: bool, monke
         if groups is not None:
             assert sorted(result.rows[block]) == np.flatnonzero(groups == groups[result.rows[block[0]]]).tolist()
     close(result.block_scores, blocked, SAME)
-    assert result.loo_accuracy == pytest.approx((alone.argmax(axis=1) == result.labels).mean())
-    assert result.block_accuracy == pytest.approx((blocked.argmax(axis=1) == result.labels).mean())
+    assert result.loo_score == pytest.approx((alone.argmax(axis=1) == result.labels).mean())
+    assert result.block_score == pytest.approx((blocked.argmax(axis=1) == result.labels).mean())
     assert np.array_equal(result.labels, y[result.rows])
 
 
@@ -145,7 +145,7 @@ def test_decide() -> None:
     decision = result.decide()
     assert decision.accepted
     assert decision.before == pytest.approx((frozen.argmax(axis=1) == y).mean())
-    assert decision.after == result.block_accuracy
+    assert decision.after == result.block_score
     assert not result.decide(result.block_scores).accepted
     with pytest.raises(UsageError, match=r"must be \[200, 3\], not \[2, 3\]"):
         result.decide(np.zeros((2, 3), np.float32))
@@ -181,8 +181,8 @@ def test_separable_samples_are_learnt() -> None:
     new, labels = samples.blobs(200, seed=1)
     result = fit_ridge(engine, base, x, y)
     assert (predicted(engine, base, result, new).argmax(axis=1) == labels).mean() > 0.95
-    assert result.loo_accuracy > 0.95
-    assert result.calibration_error < 0.1
+    assert result.loo_score > 0.95
+    assert (result.calibration_error or 0) < 0.1
     p = softmax(predicted(engine, base, result, new))
     assert np.abs(p.max(axis=1).mean() - (p.argmax(axis=1) == labels).mean()) < 0.05
 
@@ -401,7 +401,7 @@ def test_many_samples_in_bounded_memory() -> None:
     tracemalloc.stop()
     assert result.space == "primal"
     assert peak < 40e6
-    assert result.loo_accuracy > 0.9
+    assert result.loo_score > 0.9
     assert len(result.rows) == closed.SCORED
     assert (predicted(engine, base, result, x[:1000]).argmax(axis=1) == y[:1000]).mean() > 0.9
 

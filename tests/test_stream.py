@@ -11,6 +11,7 @@ from instantft.errors import DataError
 from instantft.solvers.ridge import fit_ridge
 from instantft.solvers.stream import Stream
 from instantft.solvers.streaming import TOLERANCE
+from instantft.tasks import targets
 
 from . import samples
 
@@ -21,7 +22,7 @@ NUMBERS = np.arange(96)
 
 def stream(engine: Engine, **more: object) -> Stream:
     settings = {"seed": 0, "threads": 1, "forgetting": 1.0, "support": None, **more}
-    return Stream(engine, BASE, **settings)  # type: ignore[arg-type]
+    return Stream(engine, BASE, lambda y, w: targets(y, BASE.spec.C, sample_weight=w), **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("codec", ["fp32", "nf4"])

@@ -7,6 +7,7 @@ import pytest
 
 from instantft.solvers import taps
 from instantft.solvers.records import RUNS, subset
+from instantft.tasks import Targets
 
 RNG = np.random.default_rng(0)
 
@@ -18,17 +19,17 @@ def made(n: int, noise: tuple[float, ...], C: int = 3, seed: int = 0) -> taps.Sa
     parts = [rng.normal(size=(C, 20))[y] + sd * rng.normal(size=(n, 20)) for sd in noise]
     parts = [x / np.linalg.norm(x, axis=1).mean() for x in parts]
     blocks = np.array_split(np.arange(n), 32)
-    return taps.Sample([x @ x.T for x in parts], np.eye(C)[y], blocks)
+    return taps.Sample([x @ x.T for x in parts], Targets("classification", y, C), blocks)
 
 
 @pytest.mark.parametrize("noise", [0.3, 3.0, 30.0])
 def test_lambda_is_the_minimum_of_the_left_out_error(noise: float) -> None:
     s = made(60, (noise,))
     made_system = taps.system(s.grams, (1.0,))
-    lam, _ = taps.best_lambda(made_system, s.Y)
+    lam, _ = taps.best_lambda(made_system, s.goal.Y)
 
     def error(value: float) -> float:
-        return float((taps.left_out(made_system, s.Y, value) ** 2).mean())
+        return float((taps.left_out(made_system, s.goal.Y, value) ** 2).mean())
 
     best = min(map(error, 10 ** np.arange(-4, 2.01, 0.1)))
     assert taps.LOWEST <= lam <= taps.HIGHEST
@@ -38,7 +39,7 @@ def test_lambda_is_the_minimum_of_the_left_out_error(noise: float) -> None:
 @pytest.mark.parametrize("start", [1e-4, 0.1, 100.0])
 def test_lambda_stays_inside_its_bounds(start: float) -> None:
     pure_noise = made(40, (1e6,))
-    lam, error = taps.best_lambda(taps.system(pure_noise.grams, (1.0,)), pure_noise.Y, start)
+    lam, error = taps.best_lambda(taps.system(pure_noise.grams, (1.0,)), pure_noise.goal.Y, start)
     assert taps.LOWEST <= lam <= taps.HIGHEST * 1.01
     assert np.isfinite(error)
 

@@ -20,7 +20,7 @@ from .spec import LayerSpec, NetSpec, dnn, lenet5
 
 if TYPE_CHECKING:
     from .adapters import Adapter
-    from .backbones.builtin import Network
+    from .backbones.builtin import Network, embeddings
     from .backbones.onnx import from_onnx
     from .tuner import FineTuner, load
 
@@ -41,6 +41,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "dnn",
+    "embeddings",
     "from_onnx",
     "lenet5",
     "load",
@@ -50,6 +51,7 @@ _LATER = {
     "Adapter": "adapters",
     "FineTuner": "tuner",
     "Network": "backbones.builtin",
+    "embeddings": "backbones.builtin",
     "from_onnx": "backbones.onnx",
     "load": "tuner",
 }

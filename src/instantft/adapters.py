@@ -28,6 +28,7 @@ from .backbones.builtin import Network, check_values, read_spec
 from .errors import FileError, MismatchError, UsageError
 from .methods import METHODS, Method, connections, method, parameters, trainable
 from .spec import NetSpec
+from .tasks import TASKS, Task, check_task
 
 __all__ = ["CONFIG_FILE", "FORMAT", "MAX_RANK", "TENSOR_FILE", "VERSION", "Adapter", "check_target", "initial"]
 
@@ -96,6 +97,18 @@ class Adapter:
         """Number of trainable parameters (InstantFT Table 1); of a lift, its coefficients."""
         lifted = self.tensors["lift.coefficients"].size if lift.BASIS in self.tensors else 0
         return parameters(method(self.method), self.spec, self.rank) + lifted
+
+    @property
+    def task(self) -> Task:
+        """What its outputs are for.
+
+        Raises:
+            FileError: its config names a task that there is not.
+        """
+        try:
+            return check_task(self.config.get("task", TASKS[0]))
+        except UsageError as e:
+            raise FileError(f"an adapter's config must name its task, but {e}") from None
 
     @property
     def lift_cost(self) -> lift.LiftCost | None:

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -28,14 +28,15 @@ from .engine import Engine, Floats, forward, get_engine, parts
 from .errors import DataError, FileError, UsageError
 from .methods import METHODS, Method, own_rank
 from .solvers import lifting, sgd
-from .solvers.calibration import softmax
+from .solvers.calibration import probabilities
 from .solvers.closed import Judged
 from .solvers.dual import check_space
-from .solvers.gate import Decision, gate
+from .solvers.gate import Decision, compare
 from .solvers.holdout import best_epochs, hold_out
 from .solvers.ridge import MAX_SYSTEM, RidgeResult, fit_ridge
 from .solvers.stream import Stream
 from .solvers.streaming import check_stream
+from .tasks import Targets, Task, check_task, targets
 
 __all__ = ["AUTO", "EPOCHS", "FineTuner", "HeldOut", "load"]
 
@@ -61,6 +62,9 @@ PARAMETERS = (
     "forgetting",
     "support",
     "lift",
+    "task",
+    "class_weight",
+    "label_smoothing",
 )
 
 AUTO = "auto"
@@ -83,7 +87,8 @@ def load(path: str | PathLike[str], taps: str | None = None, adapter: Adapter | 
     Args:
         path: the file.
         taps: of an ONNX model, as `from_onnx` takes them.
-        adapter: made on an ONNX model; the network gets the taps that it was made with.
+        adapter: the network gets the taps that it was made with, of an ONNX model, or as many outputs as it has, of a
+            network of ours that was given new ones (`Network.with_outputs`).
 
     Raises:
         FileError: missing, truncated, damaged, or with a wrong hash.
@@ -95,7 +100,11 @@ def load(path: str | PathLike[str], taps: str | None = None, adapter: Adapter | 
         return from_onnx(path, taps, like=None if adapter is None or adapter.spec.own else adapter.spec)
     if taps is not None:
         raise UsageError(f"taps must be given for ONNX models only, not for {path}")
-    return Network.load(path)
+    network = Network.load(path)
+    if adapter is not None and adapter.base_hash != network.hash:
+        fresh = network.with_outputs(adapter.spec.C)
+        return fresh if fresh.hash == adapter.base_hash else network
+    return network
 
 
 class FineTuner:
@@ -125,6 +134,11 @@ class FineTuner:
         support: of the same: how many of the newest samples count; None: all.
         lift: "arccos" or "nystrom" lets skip-ridge add a kernel of the taps where that helps, which makes prediction
             dearer (`solvers.lifting`); `fit` only. None: linear.
+        task: what y is, and so what is learnt: "classification", "regression" or "multi-label" (`tasks`).
+        class_weight: of classification: "balanced", or C numbers above 0 by which samples of each class count, or a
+            dictionary of them; None: all alike.
+        label_smoothing: ε, at most 0.5: that share of every target is spread evenly over the classes, or over yes and
+            no. skip-ridge takes it where scores become probabilities; no class that it predicts changes by it.
 
     Attributes:
         adapter_: the adapter.
@@ -134,7 +148,7 @@ class FineTuner:
             the last choice.
         store_: the cache, or None.
         next_number_: the number that the next new sample of `partial_fit` gets.
-        classes_: (C,) 0 … C-1.
+        classes_: (C,) 0 … C-1; numbers of the outputs where those are no classes.
         n_features_in_: N.
 
     Raises:
@@ -161,6 +175,9 @@ class FineTuner:
         forgetting: float = 1.0,
         support: int | None = None,
         lift: str | None = None,
+        task: Task = "classification",
+        class_weight: str | Sequence[float] | Mapping[int, float] | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         self.base = base
         self.method = method
@@ -180,6 +197,9 @@ class FineTuner:
         self.forgetting = forgetting
         self.support = support
         self.lift = lift
+        self.task = task
+        self.class_weight = class_weight
+        self.label_smoothing = label_smoothing
         self._check()
 
     # -- scikit-learn's habits ---------------------------------------------------------------------------------------
@@ -206,17 +226,21 @@ class FineTuner:
             raise
         return self
 
-    _estimator_type = "classifier"
-    """What scikit-learn before 1.6 asks instead of the tags."""
+    @property
+    def _estimator_type(self) -> str:
+        """What scikit-learn before 1.6 asks instead of the tags."""
+        return "regressor" if self.task == "regression" else "classifier"
 
     def __sklearn_tags__(self) -> Any:
         """What scikit-learn asks before it searches or validates; only it calls this, so it is installed."""
-        from sklearn.utils import ClassifierTags, Tags, TargetTags
+        from sklearn.utils import ClassifierTags, RegressorTags, Tags, TargetTags
 
+        numbers = self.task == "regression"
         return Tags(
-            estimator_type="classifier",
+            estimator_type=self._estimator_type,
             target_tags=TargetTags(required=True),
-            classifier_tags=ClassifierTags(),
+            classifier_tags=None if numbers else ClassifierTags(),
+            regressor_tags=RegressorTags() if numbers else None,
         )
 
     def __repr__(self) -> str:
@@ -227,6 +251,7 @@ class FineTuner:
         self: Self,
         x: ArrayLike,
         y: ArrayLike,
+        sample_weight: ArrayLike | None = None,
         *,
         groups: ArrayLike | None = None,
         progress: sgd.Progress | None = None,
@@ -235,7 +260,10 @@ class FineTuner:
 
         Args:
             x: float or uint8, (T, N), (T, channels, height, width) or (T, height, width).
-            y: (T,) integers from 0 to C-1.
+            y: (T,) integers from 0 to C-1; of regression (T, C) numbers, or (T,) for one output; of multi-label (T, C)
+                zeros and ones.
+            sample_weight: (T,) numbers above 0: how much each sample counts, in what is fitted, in what is chosen, and
+                to the gate. Only their ratios matter. None: all alike.
             groups: (T,) a label a sample: the recording, the person, the stretch of time it is from. Samples of a group
                 are left out together wherever a choice is judged; None: runs of consecutive samples are.
             progress: told how many epochs are done.
@@ -246,12 +274,13 @@ class FineTuner:
             DivergedError: the loss became NaN or Inf; an earlier adapter stays.
         """
         rows, labels = self._samples(x, y)
-        return self.fit_prepared(rows, labels, groups=groups, progress=progress)
+        return self.fit_prepared(rows, labels, sample_weight, groups=groups, progress=progress)
 
     def fit_prepared(
         self: Self,
         x: Floats,
-        y: NDArray[np.int32],
+        y: NDArray[Any],
+        sample_weight: ArrayLike | None = None,
         *,
         groups: ArrayLike | None = None,
         progress: sgd.Progress | None = None,
@@ -265,8 +294,10 @@ class FineTuner:
         m, engine = self._check(len(x)), self._engine()
         together = None if groups is None else as_groups(groups, len(x))
         self._warn(m, y)
+        weights = None if sample_weight is None else as_array(sample_weight, "sample_weight")
+        goal = self._targets(y, weights)
         store = self._open(m, x)
-        samples = _Samples(x, y, np.arange(len(x)), together)
+        samples = _Samples(x, goal, np.arange(len(x)), together, weights)
         epochs = 0
         with _flushed(store):
             if m.solver == "ridge":
@@ -283,7 +314,14 @@ class FineTuner:
         self.history_: dict[str, list[float]] = _history(result, len(x))
         return self
 
-    def partial_fit(self: Self, x: ArrayLike, y: ArrayLike, *, numbers: ArrayLike | None = None) -> Self:
+    def partial_fit(
+        self: Self,
+        x: ArrayLike,
+        y: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+        *,
+        numbers: ArrayLike | None = None,
+    ) -> Self:
         """Go on from where the adapter stands: one more epoch over these samples; with skip-ridge, an exact update.
 
         After an update by skip-ridge the adapter is what `fit` on all samples so far would give, at the λ and weights
@@ -291,6 +329,7 @@ class FineTuner:
 
         Args:
             x, y: as in `fit`.
+            sample_weight: as in `fit`; in a stream 1 is what a sample without one counts.
             numbers: (T,) numbers that samples already had, whose records the cache may still hold; the samples must
                 be the same as then, and skip-ridge, which has learnt them, leaves them out. None: new numbers, after
                 all earlier ones (see `next_number_`).
@@ -312,7 +351,8 @@ class FineTuner:
         else:
             raise DataError(f"numbers must be at most 2^63-2, but the next is {first}: give numbers")
         next_number = max(first, int(given.max()) + 1)
-        samples = _Samples(rows, labels, given, None)
+        weights = None if sample_weight is None else as_array(sample_weight, "sample_weight")
+        samples = _Samples(rows, self._targets(labels, weights), given, None, weights)
         if m.solver == "ridge":
             self._update(samples, next_number)
             return self
@@ -340,6 +380,12 @@ class FineTuner:
             UsageError: the method trains the network's own weights, or the network's last layer cannot be widened.
         """
         m, old = self._check(), getattr(self, "adapter_", None)
+        if self.task != "classification":
+            raise UsageError(f"a class can be added to classification, not to {self.task}")
+        if self.class_weight not in (None, "balanced"):
+            raise UsageError(
+                f"a class can be added where class_weight is balanced or none, not {self.class_weight!r:.60}"
+            )
         if not m.rows_only:
             raise UsageError(f"a class can be added to methods that leave the network as it is, not to {m.name}")
         base = self.base.widened()
@@ -362,6 +408,8 @@ class FineTuner:
             MismatchError: it was made on another network; both hashes are named.
         """
         adapter.check_base(self.base)
+        if adapter.task != self.task:
+            raise UsageError(f"an adapter must be used for its own task, {adapter.task}, not for {self.task}")
         signed_ = getattr(self, "_signed", None)
         if signed_ is not None and adapter is signed_[1]:
             adapter = self._plain()
@@ -374,7 +422,7 @@ class FineTuner:
         return self
 
     def decision_function(self, x: ArrayLike) -> Floats:
-        """Logits (T, C) float32.
+        """Logits (T, C) float32; of regression the predicted numbers.
 
         Raises:
             UsageError: nothing was fitted yet.
@@ -387,17 +435,32 @@ class FineTuner:
         return forward(self._engine(), self.base.spec, tensors, rows, self.threads)
 
     def predict_proba(self, x: ArrayLike) -> Floats:
-        """Softmax probabilities (T, C) float32."""
-        return np.asarray(softmax(self.decision_function(x)))
+        """Probabilities (T, C) float32 of the classes, or of each label.
 
-    def predict(self, x: ArrayLike) -> NDArray[np.int64]:
-        """Labels (T,), 0 … C-1."""
-        return np.asarray(np.argmax(self.decision_function(x), axis=1), np.int64)
+        Raises:
+            UsageError: numbers have none.
+        """
+        return np.asarray(probabilities(self.task, self.decision_function(x)))
 
-    def score(self, x: ArrayLike, y: ArrayLike) -> float:
-        """Accuracy, 0 to 1."""
-        predicted = self.predict(x)
-        return float(np.mean(predicted == as_labels(y, len(predicted), self.base.spec)))
+    def predict(self, x: ArrayLike) -> NDArray[Any]:
+        """Classes (T,), 0 … C-1; labels (T, C), 0 or 1; or numbers (T, C) float32, (T,) where there is one output."""
+        outputs = self.decision_function(x)
+        if self.task == "regression":
+            return outputs[:, 0] if outputs.shape[1] == 1 else outputs
+        if self.task == "multi-label":
+            return (outputs > 0).astype(np.int64)
+        return np.asarray(np.argmax(outputs, axis=1), np.int64)
+
+    def score(self, x: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
+        """Accuracy; of regression R², averaged over the outputs; of multi-label the share of labels that are right.
+
+        Args:
+            sample_weight: (T,) how much each sample counts; None: all alike.
+        """
+        outputs = self.decision_function(x)
+        labels = as_labels(y, len(outputs), self.base.spec, task=self.task)
+        weights = None if sample_weight is None else as_array(sample_weight, "sample_weight")
+        return targets(labels, self.base.spec.C, self.task, sample_weight=weights).score(outputs)
 
     # -- what else an adapted network can be asked -------------------------------------------------------------------
 
@@ -419,7 +482,7 @@ class FineTuner:
         known: tuple[Any, Adapter] | None = getattr(self, "_signed", None)
         if known is None or known[0] != made:
             said = np.full(len(samples.x), UNKNOWN)
-            if held is not None:
+            if held is not None and self.task == "classification":
                 said[held.judge.rows] = held.logits.argmax(axis=1)
             known = self._signed = made, signed(found, samples.x, said, samples.groups is not None)
         return known[1]
@@ -437,7 +500,8 @@ class FineTuner:
         skip-ridge knows what it would say of each of its samples had that been left out with its block; methods that
         make steps train once more, without a held-out block, so that this takes about as long as `fit`, and five times
         as long with groups, a fifth of which are held out at a time. Where all samples are of one class the answer is
-        no: nothing is known of the others.
+        no: nothing is known of the others. What better means is the task's: accuracy, R², or the share of labels that
+        are right, of samples as they count.
 
         Args:
             against: the other adapter; None: the frozen network.
@@ -451,25 +515,26 @@ class FineTuner:
         if said is not None and np.shape(said) != (len(samples.x),):
             raise UsageError(f"said must be one a sample, ({len(samples.x)},), not {list(np.shape(said))}")
         judge = held.judge
-        y = samples.y[judge.rows]
+        goal = samples.goal.at(judge.rows)
         if against is None and held.frozen is not None:
-            before = held.frozen.argmax(axis=1)
+            before = held.frozen
         else:
             old = dict(self.base.tensors)
             if against is not None:
                 against.check_base(self.base)
                 old |= against.tensors
             x = np.ascontiguousarray(samples.x[judge.rows])
-            before = forward(self._engine(), self.base.spec, old, x, self.threads).argmax(axis=1)
-        after, blocks = held.logits.argmax(axis=1), judge.blocks
+            before = forward(self._engine(), self.base.spec, old, x, self.threads)
+        after, blocks = held.logits, judge.blocks
         if said is not None:
             known = said[judge.rows]
-            before, usable = np.where(known >= 0, known, before), known != UNKNOWN
+            before = np.where(known[:, None] >= 0, np.eye(goal.C, dtype=np.float32)[known], before)
+            usable = known != UNKNOWN
             places = np.cumsum(usable) - 1
             blocks = [places[block[usable[block]]] for block in blocks]
-            before, after, y = before[usable], after[usable], y[usable]
-        decision = gate(before == y, after == y, [block for block in blocks if len(block)])
-        return decision if len(np.unique(samples.y)) > 1 else replace(decision, accepted=False)
+            before, after, goal = before[usable], after[usable], goal.at(usable)
+        decision = compare(goal, before, after, [block for block in blocks if len(block)])
+        return decision if (samples.goal.y != samples.goal.y[0]).any() else replace(decision, accepted=False)
 
     def left_out(self) -> HeldOut:
         """Samples of the last fit, and what a fit that has not seen them says of them (see `judge`).
@@ -518,6 +583,8 @@ class FineTuner:
             threads=self.threads,
         )
         check_space(self.space, m)
+        check_task(self.task)
+        self._targets(np.zeros(1, np.int32), None)
         check_stream(self.forgetting, self.support)
         if self.lift is not None:
             if self.lift not in lifting.LIFTS:
@@ -573,7 +640,7 @@ class FineTuner:
         picked: Method | None = getattr(self, "method_", None)
         return picked is not None and picked.name == self._plain().method and picked.name in CHOICES.values()
 
-    def _warn(self, m: Method, y: NDArray[np.int32]) -> None:
+    def _warn(self, m: Method, y: NDArray[Any]) -> None:
         """Of what can be done, but is probably not what was meant."""
         warn_if_poor(y, self.batch_size if m.solver == "sgd" else 1, self.base.spec.C)
         unused = [name for name in ("epochs", "lr", "momentum") if getattr(self, name) is not None]
@@ -593,9 +660,15 @@ class FineTuner:
         named = self.engine is None or isinstance(self.engine, str)
         return self.base.bind(get_engine(self.engine) if named else self.engine)  # type: ignore[arg-type]
 
-    def _samples(self, x: ArrayLike, y: ArrayLike) -> tuple[Floats, NDArray[np.int32]]:
+    def _samples(self, x: ArrayLike, y: ArrayLike) -> tuple[Floats, NDArray[Any]]:
         rows, _ = as_samples(x, self.base.spec, self.base.mean, self.base.std)
-        return rows, as_labels(y, len(rows), self.base.spec)
+        return rows, as_labels(y, len(rows), self.base.spec, task=self.task)
+
+    def _targets(self, y: NDArray[Any], sample_weight: NDArray[Any] | None) -> Targets:
+        return targets(
+            y, self.base.spec.C, self.task,
+            sample_weight=sample_weight, class_weight=self.class_weight, smoothing=self.label_smoothing,
+        )  # fmt: skip
 
     def _open(self, m: Method, rows: Floats) -> Store | None:
         name = self.codec_name(m)
@@ -665,7 +738,7 @@ class FineTuner:
                     self.base.spec, self.base.tensors, samples.x[rows], samples.numbers[rows], store, self.threads
                 )
         return best_epochs(
-            engine, self.base, m, samples.x, samples.y,
+            engine, self.base, m, samples.x, samples.goal,
             groups=samples.groups, store=store, numbers=samples.numbers, **self._settings(m),
         )  # fmt: skip
 
@@ -682,7 +755,7 @@ class FineTuner:
         filling: sgd.Progress | None = None,
     ) -> sgd.FitResult:
         return sgd.fit(
-            engine, self.base, m, samples.x, samples.y,
+            engine, self.base, m, samples.x, samples.goal,
             epochs=epochs, store=store, numbers=samples.numbers, start=start, epochs_before=done,
             progress=progress, filling=filling, **self._settings(m),
         )  # fmt: skip
@@ -691,7 +764,7 @@ class FineTuner:
         self, engine: Engine, samples: _Samples, store: Store | None, filling: sgd.Progress | None = None
     ) -> RidgeResult:
         return fit_ridge(
-            engine, self.base, samples.x, samples.y,
+            engine, self.base, samples.x, samples.goal,
             store=store, numbers=samples.numbers, rank=self.rank, seed=self.seed, threads=self.threads,
             groups=samples.groups, filling=filling,
             lift=self.lift,  # type: ignore[arg-type]  # _check has seen it
@@ -710,15 +783,16 @@ class FineTuner:
             self._plain().check_base(self.base)
         else:
             stream = Stream(
-                self._engine(), self.base,
+                self._engine(), self.base, self._targets,
                 seed=self.seed, threads=self.threads, forgetting=self.forgetting, support=self.support,
             )  # fmt: skip
             before: _Samples | None = getattr(self, "_fitted", None)
             if before is not None and self._plain().method == m.name and self._plain().base_hash == self.base.hash:
-                stream.learn(before.x, before.y, before.numbers, self._grown(m, before.numbers))
+                goal = before.goal
+                stream.learn(before.x, goal.y, before.numbers, self._grown(m, before.numbers), before.sample_weight)
         store = self._grown(m, samples.numbers)
         with _flushed(store):
-            adapter = stream.learn(samples.x, samples.y, samples.numbers, store)
+            adapter = stream.learn(samples.x, samples.goal.y, samples.numbers, store, samples.sample_weight)
         assert stream.result is not None
         self._keep(m, stream.result, adapter, store, None, next_number)
         self._stream = stream
@@ -748,7 +822,7 @@ class FineTuner:
                 result.frozen_scores,
             )
         judge, logits = hold_out(
-            engine, self.base, m, samples.x, samples.y,
+            engine, self.base, m, samples.x, samples.goal,
             groups=samples.groups, store=store, numbers=samples.numbers,
             epochs=max(1, self._epochs_done), **self._settings(m),
         )  # fmt: skip
@@ -797,12 +871,14 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class _Samples:
-    """What was fitted last: x (T, N), y (T,), numbers (T,), groups (T,) or None."""
+    """What was fitted last: x (T, N), what it was to teach, numbers (T,), groups (T,) or None, and weights (T,) as
+    they were given, or None."""
 
     x: Floats
-    y: NDArray[np.int32]
+    goal: Targets
     numbers: NDArray[np.int64]
     groups: NDArray[Any] | None
+    sample_weight: NDArray[Any] | None = None
 
 
 @contextlib.contextmanager

@@ -22,9 +22,9 @@ from .. import files
 from ..engine import Engine
 from ..errors import FileError, UsageError
 from ..methods import Method
-from ..spec import NetSpec
+from ..spec import LayerSpec, NetSpec
 
-__all__ = ["FORMAT", "VERSION", "Network"]
+__all__ = ["FORMAT", "VERSION", "Network", "embeddings"]
 
 Floats = NDArray[np.float32]
 
@@ -120,6 +120,21 @@ class Network:
             UsageError: it cannot.
         """
 
+    def with_outputs(self, C: int) -> Network:
+        """The network with a new last layer of C outputs, all of them 0: for targets that it was not trained for.
+
+        Raises:
+            UsageError: there cannot be so many.
+        """
+        k, spec = self.spec.L - 1, self.spec
+        if not spec.own:
+            raise UsageError("a new last layer can be given to networks of our own, not to one that somebody else runs")
+        layers = (*spec.layers[:-1], LayerSpec("fc", C))
+        shape = NetSpec(spec.input_shape, layers)
+        fresh = {name: np.zeros(shape.parameters[name], np.float32) for name in _head(k)}
+        kept = {name: value for name, value in self.tensors.items() if name in shape.parameters}
+        return Network(shape, {**kept, **fresh}, self.mean, self.std)
+
     def widened(self) -> Network:
         """The network with one more class, whose logit is the mean of the others, so that it is never the largest.
 
@@ -131,7 +146,7 @@ class Network:
             raise UsageError("a class can be added where the last layer is fc without batch norm and ReLU")
         k = len(front)
         tensors = dict(self.tensors)
-        for name in (f"layers.{k}.weight", f"layers.{k}.bias"):
+        for name in _head(k):
             value = tensors[name]
             tensors[name] = np.concatenate([value, value.mean(axis=-1, keepdims=True)], axis=-1, dtype=np.float32)
         layers = (*front, replace(last, out=last.out + 1))
@@ -186,6 +201,27 @@ class Network:
                 f"{network.hash}: it was changed or damaged"
             )
         return network
+
+
+def embeddings(N: int, C: int) -> Network:
+    """A base for samples that are embeddings already: no network at all, but C outputs that are 0 before adapting.
+
+    What is adapted reads the embeddings themselves.
+
+    Args:
+        N: values of an embedding.
+        C: outputs: classes, labels or numbers.
+
+    Raises:
+        UsageError: too few or too many of either.
+    """
+    spec = NetSpec((N,), (LayerSpec("fc", C),))
+    return Network(spec, {name: np.zeros(shape, np.float32) for name, shape in spec.parameters.items()})
+
+
+def _head(k: int) -> tuple[str, str]:
+    """The tensors of a last layer k."""
+    return f"layers.{k}.weight", f"layers.{k}.bias"
 
 
 def check_preprocessing(

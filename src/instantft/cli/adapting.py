@@ -24,15 +24,17 @@ from .options import (
     preprocessing_options,
     seed_option,
     taps_option,
+    task_option,
     threads_option,
     values,
 )
-from .running import accuracy_of
+from .running import score_of
 from .show import history_of, percent, print_history, print_json, time_text
 
 if TYPE_CHECKING:
     from ..adapters import Adapter
     from ..backbones.builtin import Network
+    from ..tasks import Task
 
 FEW = 30
 """Samples left out below which a gate that says no is said to have seen few."""
@@ -109,7 +111,7 @@ def pretrain(
             progress=bar.update,
         )
     seconds = time.perf_counter() - began
-    accuracy = accuracy_of(chosen, network, None, test) if test else None
+    accuracy = score_of(chosen, network, None, test) if test else None
     network.save(out)
     result = {
         "network": net,
@@ -169,6 +171,11 @@ def pretrain(
 @click.option("--lift", metavar="KIND", help="arccos or nystrom: a kernel of the taps, where that helps skip-ridge.")
 @taps_option
 @click.option("--groups", metavar="KEY", help="Integers in --data: samples of a group are left out together.")
+@task_option
+@click.option("--outputs", type=int, metavar="C", help="Give BASE a new head of C outputs. [default: it keeps its own]")
+@click.option("--class-weights", metavar="balanced|V,V,…", help="How much samples of each class count. [default: 1]")
+@click.option("--sample-weights", metavar="KEY", help="Numbers in --data: how much each sample counts. [default: 1]")
+@click.option("--label-smoothing", default=0.0, show_default=True, help="Share of every target that is spread evenly.")
 @seed_option
 @threads_option
 @preprocessing_options("that of BASE")
@@ -194,6 +201,11 @@ def finetune(
     lift: str | None,
     taps: str | None,
     groups: str | None,
+    task: str | None,
+    outputs: int | None,
+    class_weights: str | None,
+    sample_weights: str | None,
+    label_smoothing: float,
     seed: int,
     threads: int,
     mean: str | None,
@@ -212,10 +224,15 @@ def finetune(
     from ..adapters import CONFIG_FILE, check_target
     from ..data import load_samples
     from ..solvers.sgd import FitResult
+    from ..tasks import METRICS, TASKS, check_task
     from ..tuner import FineTuner
     from ..tuner import load as load_base
 
     network = load_base(base, taps)
+    if outputs is not None:
+        network = network.with_outputs(outputs)
+    wanted = check_task(task or TASKS[0])
+    weights = class_weights if class_weights in (None, "balanced") else values("--class-weights", class_weights)
     chosen = network.bind(engine_of(engine))
     tuner = FineTuner(
         network,
@@ -233,13 +250,16 @@ def finetune(
         cache_capacity=cache_capacity,
         cache_file=cache_file,
         lift=lift,
+        task=wanted,
+        class_weight=weights,
+        label_smoothing=label_smoothing,
     )
     check_target(out)
     means, stds = preprocessing(network, mean, std)
-    samples = load_samples(data, network.spec, means, stds, groups=groups)
-    test = load_samples(eval_path, network.spec, means, stds) if eval_path else None
-    old = _adapter_in_use(out, network, means, stds)
-    before = accuracy_of(chosen, network, None, test, threads) if test else None
+    samples = load_samples(data, network.spec, means, stds, groups=groups, weights=sample_weights, task=wanted)
+    test = load_samples(eval_path, network.spec, means, stds, task=wanted) if eval_path else None
+    old = _adapter_in_use(out, network, means, stds, wanted)
+    before = score_of(chosen, network, None, test, threads, wanted) if test else None
     T = len(samples.x)
     label = f"fine-tuning ({tuner.row(T).name})"
     length = tuner.planned_epochs
@@ -252,12 +272,22 @@ def finetune(
             else:
                 bar.stage(label, length)
 
-        tuner.fit_prepared(samples.x, samples.labels, groups=samples.groups, progress=bar.update, filling=filling)
+        tuner.fit_prepared(
+            samples.x, samples.labels, samples.weights, groups=samples.groups, progress=bar.update, filling=filling
+        )
     fitted, store, row = tuner.result_, tuner.store_, tuner.method_.name
+    after, classes = (
+        score_of(chosen, network, tuner.adapter, test, threads, wanted) if test else None,
+        wanted == TASKS[0],
+    )
     result: dict[str, Any] = {
         "method": row,
-        "accuracy_before": before,
-        "accuracy_after": accuracy_of(chosen, network, tuner.adapter, test, threads) if test else None,
+        "task": wanted,
+        "metric": METRICS[wanted],
+        "accuracy_before": before if classes else None,
+        "accuracy_after": after if classes else None,
+        "score_before": before,
+        "score_after": after,
         "accepted": True,
         "estimate": None,
         "seconds": {"fill": fitted.seconds.fill, "train": fitted.seconds.train, "total": fitted.seconds.total},
@@ -297,7 +327,7 @@ def finetune(
     result["accepted"] = decision.accepted
     # Whoever uses the adapter must preprocess as it was done here.
     other = {"mean": list(means), "std": list(stds)} if (means, stds) != (network.mean, network.std) else {}
-    said = {"accuracy": decision.after, "samples": decision.n}
+    said = {METRICS[wanted]: decision.after, "samples": decision.n}
     adapter = replace(tuner.adapter, config={**tuner.adapter.config, **other, "estimate": said})
     kept, was_there = decision.accepted or force, Path(out, CONFIG_FILE).exists()
     if kept:
@@ -320,8 +350,8 @@ def finetune(
         click.echo(f"loss     {result['loss']:.4f} over the last epoch, lr {result['lr']:.3g}")
     else:
         click.echo(
-            f"chosen   λ {fitted.lam:.3g}, taps {' '.join(f'{w:g}' for w in fitted.weights)}; "
-            f"calibration error {fitted.calibration_error:.1%}"
+            f"chosen   λ {fitted.lam:.3g}, taps {' '.join(f'{w:g}' for w in fitted.weights)}"
+            + (f"; calibration error {fitted.calibration_error:.1%}" if fitted.calibration_error is not None else "")
         )
         if lift is not None:
             cost, many = result["lift"], ""
@@ -333,12 +363,17 @@ def finetune(
                 if cost
                 else f"lift     {lift} does not help here, so there is none"
             )
+    name, show = {
+        "classification": ("accuracy", percent),
+        "regression": ("R²      ", lambda v: f"{v:.3f}"),
+        "multi-label": ("labels  ", percent),
+    }[wanted]
     if test:
-        click.echo(f"accuracy {percent(before)} → {percent(result['accuracy_after'])} on {eval_path}, of the new one")
-    low, high = (f"{100 * end:+.1f}" for end in decision.interval)
+        click.echo(f"{name} {show(before)} → {show(after)} on {eval_path}, of the new one")
+    low, high = (f"{end:+.3f}" if wanted == "regression" else f"{100 * end:+.1f} points" for end in decision.interval)
     click.echo(
-        f"estimate {percent(decision.before)} → {percent(decision.after)} on {decision.n:,} samples left out; "
-        f"the difference is {low} to {high} points (95 %)"
+        f"estimate {show(decision.before)} → {show(decision.after)} on {decision.n:,} samples left out; "
+        f"the difference is {low.removesuffix(' points')} to {high} (95 %)"
     )
     parts = f" ({time_text(s.fill)} filling the cache, {time_text(s.train)} training)" if store else ""
     click.echo(f"time     {time_text(s.total)}{parts}")
@@ -358,7 +393,9 @@ def finetune(
     click.echo(f"adapter  {out}")
 
 
-def _adapter_in_use(out: str, network: Network, means: tuple[float, ...], stds: tuple[float, ...]) -> Adapter | None:
+def _adapter_in_use(
+    out: str, network: Network, means: tuple[float, ...], stds: tuple[float, ...], task: Task
+) -> Adapter | None:
     """The adapter in a directory, if it can be compared with a new one."""
     from ..adapters import CONFIG_FILE, Adapter
     from ..claims import claims
@@ -369,9 +406,12 @@ def _adapter_in_use(out: str, network: Network, means: tuple[float, ...], stds: 
     try:
         adapter = Adapter.load(out, network)
         claims(adapter)
-        if preprocessing(network, None, None, adapter) == (means, stds):
+        if adapter.task != task:
+            why = f"it was made for {adapter.task}"
+        elif preprocessing(network, None, None, adapter) == (means, stds):
             return adapter
-        why = "it was made for samples with another --mean and --std"
+        else:
+            why = "it was made for samples with another --mean and --std"
     except MismatchError:
         why = "it was made on another network"
     except FileError as e:

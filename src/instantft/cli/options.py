@@ -61,6 +61,11 @@ taps_option = click.option(
 )
 
 
+task_option = click.option(
+    "--task", help="classification, regression or multi-label. [default: that of the adapter, or classification]"
+)
+
+
 history_option = click.option("--history", is_flag=True, help="Loss and accuracy of every epoch.")
 
 

@@ -13,6 +13,7 @@ from .options import (
     engine_option,
     json_option,
     preprocessing_options,
+    task_option,
     threads_option,
 )
 from .running import forward_samples
@@ -23,6 +24,7 @@ from .show import percent, print_json
 @click.argument("base")
 @adapter_option
 @click.option("--data", required=True, metavar="NPZ", help="Samples x and labels y.")
+@task_option
 @preprocessing_options("that of BASE")
 @threads_option
 @engine_option
@@ -31,68 +33,77 @@ def evaluate(
     base: str,
     adapter: str | None,
     data: str,
+    task: str | None,
     mean: str | None,
     std: str | None,
     threads: int,
     engine: str | None,
     as_json: bool,
 ) -> None:
-    """Accuracy and loss on labelled samples, per class, and the confusion matrix."""
-    import numpy as np
+    """How well labelled samples are told: accuracy, per class, and the confusion matrix; or what else fits the task."""
+    from ..solvers.metrics import measured
+    from ..tasks import targets
 
-    from ..solvers.calibration import expected_calibration_error, log_loss, softmax
-    from ..table import format_table
-
-    network, chosen, samples, logits = forward_samples(base, adapter, data, mean, std, threads, engine, labels=True)
-    y, C = samples.labels, network.spec.C
-    predicted = logits.argmax(axis=1)
-    confusion = np.zeros((C, C), np.int64)
-    np.add.at(confusion, (y, predicted), 1)
-    counts, right = confusion.sum(axis=1), confusion.diagonal()
-    result: dict[str, Any] = {
-        "accuracy": float(right.sum() / len(y)),
-        "loss": float(log_loss(logits.astype(np.float64), y).mean()),
-        "calibration_error": expected_calibration_error(softmax(logits), y),
-        "n": len(y),
-        "per_class": [
-            {"class": c, "n": int(counts[c]), "accuracy": float(right[c] / counts[c]) if counts[c] else None}
-            for c in range(C)
-        ],
-        "confusion_matrix": confusion.tolist(),
-        "engine": chosen.name,
-    }
+    found, chosen, samples, logits = forward_samples(
+        base, adapter, data, mean, std, threads, engine, labels=True, task=task
+    )
+    goal = targets(samples.labels, logits.shape[1], found)
+    result = {**measured(goal, logits), "task": found, "engine": chosen.name}
     if as_json:
         return print_json(result)
+    {"classification": _print_classes, "regression": _print_numbers, "multi-label": _print_labels}[found](result)
+
+
+def _print_classes(r: dict[str, Any]) -> None:
+    from ..table import format_table
+
+    C, per_class = len(r["per_class"]), r["per_class"]
     click.echo(
-        f"accuracy {result['accuracy']:.2%}   loss {result['loss']:.4f}   "
-        f"calibration error {result['calibration_error']:.1%}   n {len(y):,}\n"
+        f"accuracy {r['accuracy']:.2%}   balanced {r['balanced_accuracy']:.2%}   macro F1 {r['macro_f1']:.2%}   "
+        f"loss {r['loss']:.4f}   calibration error {r['calibration_error']:.1%}   n {r['n']:,}\n"
     )
     if C > 30:
-        click.echo(
-            format_table(
-                ("class", "n", "accuracy"),
-                [(p["class"], p["n"], percent(p["accuracy"])) for p in result["per_class"]],
-            )
-        )
+        rows = [(p["class"], p["n"], percent(p["accuracy"])) for p in per_class]
+        click.echo(format_table(("class", "n", "accuracy"), rows))
         return click.echo(f"\nThe confusion matrix ({C}x{C}) is in --json.")
-    rows = [
-        (
-            c,
-            *(n or "·" for n in confusion[c].tolist()),
-            int(counts[c]),
-            percent(result["per_class"][c]["accuracy"]),
-        )
-        for c in range(C)
+    cells = [
+        (p["class"], *(n or "·" for n in row), p["n"], percent(p["accuracy"]))
+        for p, row in zip(per_class, r["confusion_matrix"], strict=True)
     ]
     click.echo("Rows are the true class, columns the predicted one.")
-    click.echo(format_table(("true", *map(str, range(C)), "n", "accuracy"), rows))
+    click.echo(format_table(("true", *map(str, range(C)), "n", "accuracy"), cells))
+
+
+def _print_numbers(r: dict[str, Any]) -> None:
+    from ..table import format_table
+
+    click.echo(f"R² {_number(r['r2'])}   RMSE {r['rmse']:.4g}   MAE {r['mae']:.4g}   n {r['n']:,}\n")
+    rows = [(p["output"], _number(p["r2"]), f"{p['rmse']:.4g}", f"{p['mae']:.4g}") for p in r["per_output"]]
+    click.echo(format_table(("output", "R²", "RMSE", "MAE"), rows))
+
+
+def _print_labels(r: dict[str, Any]) -> None:
+    from ..table import format_table
+
+    click.echo(
+        f"labels right {r['label_accuracy']:.2%}   samples wholly right {r['exact_match']:.2%}   "
+        f"macro F1 {r['macro_f1']:.2%}   balanced {r['balanced_accuracy']:.2%}   loss {r['loss']:.4f}   n {r['n']:,}\n"
+    )
+    names = ("accuracy", "balanced_accuracy", "f1")
+    rows = [(p["label"], p["n"], *(percent(p[name]) for name in names)) for p in r["per_label"]]
+    click.echo(format_table(("label", "n", "accuracy", "balanced", "F1"), rows))
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
 
 
 @click.command()
 @click.argument("base")
 @adapter_option
 @click.option("--data", required=True, metavar="NPZ", help="Samples x.")
-@click.option("--out", required=True, metavar="NPZ", help="Where logits, probabilities and label go.")
+@click.option("--out", required=True, metavar="NPZ", help="Where predictions go.")
+@task_option
 @preprocessing_options("that of BASE")
 @threads_option
 @engine_option
@@ -102,20 +113,21 @@ def predict(
     adapter: str | None,
     data: str,
     out: str,
+    task: str | None,
     mean: str | None,
     std: str | None,
     threads: int,
     engine: str | None,
     as_json: bool,
 ) -> None:
-    """Predict samples; write logits, probabilities and label to an .npz."""
+    """Predict samples; write logits, probabilities and label to an .npz, or what else fits the task."""
     import io
 
     import numpy as np
 
     from .. import files
     from ..adapters import CONFIG_FILE, TENSOR_FILE
-    from ..solvers.calibration import softmax
+    from ..solvers.calibration import probabilities
 
     inputs = {"--data": data, "BASE": base}
     if adapter:
@@ -124,11 +136,16 @@ def predict(
             "the adapter's config": str(Path(adapter, CONFIG_FILE)),
         }
     check_file_target(out, inputs)
-    _, chosen, _, logits = forward_samples(base, adapter, data, mean, std, threads, engine, labels=False)
-    label = logits.argmax(axis=1)
+    found, chosen, _, logits = forward_samples(base, adapter, data, mean, std, threads, engine, labels=False, task=task)
+    made: dict[str, Any]
+    if found == "regression":
+        made = {"value": logits}
+    else:
+        label = logits.argmax(axis=1) if found == "classification" else (logits > 0).astype(np.int64)
+        made = {"logits": logits, "probabilities": probabilities(found, logits), "label": label}
     buffer = io.BytesIO()
-    np.savez(buffer, logits=logits, probabilities=softmax(logits), label=label)
+    np.savez(buffer, **made)
     files.write_whole(Path(out), buffer.getvalue(), "predictions")
     if as_json:
-        return print_json({"n": len(label), "out": out, "engine": chosen.name})
-    click.echo(f"{len(label):,} predictions in {out}")
+        return print_json({"n": len(logits), "out": out, "task": found, "keys": list(made), "engine": chosen.name})
+    click.echo(f"{len(logits):,} predictions ({', '.join(made)}) in {out}")

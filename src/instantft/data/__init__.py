@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import files
 from ..errors import DataError, FileError, UsageError
 from ..spec import NetSpec
+from ..tasks import Task
 
 __all__ = ["MAX_BYTES", "Samples", "as_array", "as_groups", "as_labels", "as_samples", "load_samples", "warn_if_poor"]
 
@@ -41,18 +42,20 @@ class Samples:
 
     Attributes:
         x: (T, N) float32, C-contiguous, scaled and normalised.
-        y: (T,) int32, or None where labels were not asked for.
+        y: (T,) int32 or (T, C) float32 (`as_labels`), or None where labels were not asked for.
         shape: (N,) or (channels, height, width) of one sample.
         groups: (T,) integers, or None where they were not asked for.
+        weights: (T,) numbers, or None where they were not asked for.
     """
 
     x: Floats
-    y: NDArray[np.int32] | None
+    y: NDArray[Any] | None
     shape: tuple[int, ...]
     groups: NDArray[Any] | None = None
+    weights: NDArray[Any] | None = None
 
     @property
-    def labels(self) -> NDArray[np.int32]:
+    def labels(self) -> NDArray[Any]:
         """`y`, where it must be there.
 
         Raises:
@@ -150,22 +153,28 @@ def _normalise(rows: Floats, shape: tuple[int, ...], mean: Sequence[float], std:
         raise DataError("samples must stay finite after --mean and --std, but some became NaN or Inf")
 
 
-def as_labels(y: ArrayLike, T: int, spec: NetSpec | None = None, name: str = "y") -> NDArray[np.int32]:
+def as_labels(
+    y: ArrayLike, T: int, spec: NetSpec | None = None, name: str = "y", task: Task = "classification"
+) -> NDArray[Any]:
     """Labels as the engines want them.
 
     Args:
-        y: (T,) integers from 0 to C-1.
+        y: (T,) integers from 0 to C-1; of regression (T, C) finite numbers, or (T,) for one output; of multi-label
+            (T, C) zeros and ones.
         T: number of samples.
         spec: the network, which says what C is; None: any.
         name: what to call y in messages.
+        task: what is to be learnt.
 
     Returns:
-        (T,) int32.
+        (T,) int32; of regression and multi-label (T, C) float32.
 
     Raises:
-        DataError: not integers, not (T,), or out of range.
+        DataError: of another type or shape, or out of range.
     """
     labels = as_array(y, name)
+    if task != "classification":
+        return _as_rows(labels, T, spec, name, task)
     if labels.dtype.kind not in "iu":
         raise DataError(f"{name} must be integers, not {labels.dtype}")
     if labels.shape != (T,):
@@ -175,6 +184,29 @@ def as_labels(y: ArrayLike, T: int, spec: NetSpec | None = None, name: str = "y"
     if bad.size:
         raise DataError(f"{name} must be 0 to {C - 1}, but the label of sample {bad[0]} is {labels[bad[0]]}")
     return labels.astype(np.int32)
+
+
+def _as_rows(values: NDArray[Any], T: int, spec: NetSpec | None, name: str, task: Task) -> Floats:
+    """Labels of several outputs."""
+    if values.dtype.kind not in "iufb":
+        raise DataError(f"{name} must be numbers, not {values.dtype}")
+    if values.ndim == 1 and task == "regression":
+        values = values[:, None]
+    C = None if spec is None else spec.C
+    if values.ndim != 2 or len(values) != T or values.shape[1] != (C or values.shape[1]) or values.shape[1] == 0:
+        one = "numbers, one" if task == "regression" else "zeros and ones, one"
+        hint = "" if C is None else f" (Network.with_outputs and --outputs give a network a new head of other than {C})"
+        raise DataError(f"{name} must be ({T}, {C or 'C'}) {one} a sample and output, not {list(values.shape)}{hint}")
+    if task == "multi-label":
+        wrong = np.flatnonzero(~((values == 0) | (values == 1)).all(axis=1))
+        if wrong.size:
+            raise DataError(f"{name} must be zeros and ones, but the labels of sample {wrong[0]} hold others")
+    with np.errstate(over="ignore"):
+        rows = np.ascontiguousarray(values, np.float32)
+    if not np.isfinite(rows).all():
+        row = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
+        raise DataError(f"{name} must be finite in float32, but sample {row} has NaN, Inf or a value beyond it")
+    return rows
 
 
 def as_groups(groups: ArrayLike, T: int, name: str = "groups") -> NDArray[Any]:
@@ -191,10 +223,15 @@ def as_groups(groups: ArrayLike, T: int, name: str = "groups") -> NDArray[Any]:
     return labels
 
 
-def warn_if_poor(y: NDArray[np.int32], batch_size: int, C: int = 0) -> None:
+def warn_if_poor(y: NDArray[Any], batch_size: int, C: int = 0) -> None:
     """Warn of data that can be used, but are probably not what was meant; C: how many classes there should be."""
-    if y.size < batch_size:
-        warnings.warn(f"fewer samples ({y.size}) than a batch ({batch_size}): one batch of {y.size}", stacklevel=3)
+    if len(y) < batch_size:
+        warnings.warn(f"fewer samples ({len(y)}) than a batch ({batch_size}): one batch of {len(y)}", stacklevel=3)
+    if y.ndim == 2:
+        if len(y) and (alike := np.flatnonzero((y == y[0]).all(axis=0))).size:
+            some = f"every sample has {y[0, alike[0]]:g} as target {alike[0]}"
+            warnings.warn(f"{some}: nothing else can be learnt of it", stacklevel=3)
+        return
     if y.size and (y == y[0]).all():
         warnings.warn(f"every label is {y[0]}: with one class only, that class is all that can be learnt", stacklevel=3)
     elif missing := [str(c) for c in range(C) if c not in set(y.tolist())]:
@@ -209,6 +246,8 @@ def load_samples(
     std: Sequence[float] = (),
     labels: bool = True,
     groups: str | None = None,
+    weights: str | None = None,
+    task: Task = "classification",
 ) -> Samples:
     """Read and check a sample file.
 
@@ -218,17 +257,20 @@ def load_samples(
         mean, std: as in `as_samples`.
         labels: whether y is needed.
         groups: the key of an integer a sample, where such are asked for.
+        weights: the key of a number a sample, where such are asked for; checked by `tasks.targets`.
+        task: what is to be learnt, which says what y must be.
 
     Raises:
         FileError: missing, unreadable, no ``.npz``, damaged, or larger than MAX_BYTES.
         DataError: a key is missing, or the samples or labels cannot be used.
     """
     path = Path(path)
-    arrays = _read_npz(path, ("x", *(("y",) if labels else ()), *((groups,) if groups else ())))
+    extra = tuple(key for key in (groups, weights) if key)
+    arrays = _read_npz(path, ("x", *(("y",) if labels else ()), *extra))
     x, shape = as_samples(arrays["x"], spec, mean, std, name=f"{path}: x")
-    y = as_labels(arrays["y"], x.shape[0], spec, name=f"{path}: y") if labels else None
+    y = as_labels(arrays["y"], x.shape[0], spec, name=f"{path}: y", task=task) if labels else None
     together = as_groups(arrays[groups], x.shape[0], name=f"{path}: {groups}") if groups else None
-    return Samples(x, y, shape, together)
+    return Samples(x, y, shape, together, arrays[weights] if weights else None)
 
 
 def _read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, NDArray[Any]]:

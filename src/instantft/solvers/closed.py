@@ -5,6 +5,7 @@ in the primal, ZᵀZ + λI is (D+1, D+1) and the samples pass by in chunks, howe
 maps and the same left-out scores (`factor`).
 
 c shrinks records beyond the limit (`taps.system`), and their targets alike; scores are those of the shrunk records.
+Where samples have weights, c is times their roots, which no score shows.
 T samples, L taps, N_k their widths, D the sum over those in use, C outputs, R rank.
 """
 
@@ -23,7 +24,7 @@ from .factor import DType, Factor, Rows, blocks_of, inverse_factor, precision, p
 from .lifting import Lifting, Map
 from .lowrank import FeatureSpace, Pair, SampleSpace, reduce_rank
 from .records import CHUNK, Records, subset
-from .taps import Choice, diagonal, shrinkage
+from .taps import Choice, diagonal, shrinkage, unweighted
 
 __all__ = ["KEPT", "SCORED", "TOO_LARGE", "Fitted", "Judged", "consecutive", "dual", "judged", "primal"]
 
@@ -100,16 +101,18 @@ def dual(
     judge: Judged,
     rank: int | None = None,
     lifting: Lifting | None = None,
+    roots: Doubles | None = None,
 ) -> Fitted:
     """Solve in the space of samples.
 
     Args:
         records: of T samples, all of which are decoded in memory.
-        Y: (T, C) one-hot targets.
+        Y: (T, C) targets.
         choice: λ, weights, scale and limit.
         judge: which samples to score.
         rank: R; None, or C and more: full rank, B_k = I. Only without a lift.
         lifting: adds its share of the kernel to the system.
+        roots: (T,), the root of each sample's weight; None: all alike.
 
     Raises:
         DataError: records that cannot be squared.
@@ -121,6 +124,8 @@ def dual(
     if not np.isfinite(squares).all():  # then so is all else: |x·y| ≤ ‖x‖·‖y‖
         raise DataError(TOO_LARGE)
     s, c = choice.scale, shrinkage(np.sqrt(np.maximum(squares, 0)), choice.limit)
+    if roots is not None:
+        c = c * roots
     K = records.dense.combine(parts, weights, s * c, c)
     if lifting is not None:
         u = lifting.project(records.taps(slice(0, len(records))))
@@ -129,25 +134,26 @@ def dual(
     targets = c[:, None] * Y
     alpha = factor.solve(targets.astype(dtype))
     everyone = [judge.rows[block] for block in judge.blocks]
-    alone = np.asarray(targets - factor.left_out(alpha), np.float64)
-    blocked = np.asarray(targets - factor.left_out(alpha, everyone), np.float64)
+    alone = unweighted(targets - factor.left_out(alpha), roots)
+    blocked = unweighted(targets - factor.left_out(alpha, everyone), roots)
 
     weighted = c[:, None] * alpha
     small, bias = weighted.astype(np.float32), weighted.sum(axis=0, dtype=np.float64)
     taps = records.taps(slice(0, len(records)))
-    roots = {k: s * float(np.sqrt(w)) for k, w in enumerate(choice.weights) if w > 0}
-    W = {k: root * np.asarray(taps[k].T @ small, np.float64) for k, root in roots.items()}
+    stretch = {k: s * float(np.sqrt(w)) for k, w in enumerate(choice.weights) if w > 0}
+    W = {k: root * np.asarray(taps[k].T @ small, np.float64) for k, root in stretch.items()}
     pairs = {k: (full, np.eye(Y.shape[1])) for k, full in W.items()}
     if rank is not None and rank < Y.shape[1]:
-        X = {k: (root * c)[:, None] * taps[k] for k, root in roots.items()}
+        X = {k: (root * c)[:, None] * taps[k] for k, root in stretch.items()}
         pairs, reduced = reduce_rank(SampleSpace(X, c, targets, choice.lam), W, bias, rank)
         # What the cut changes about a sample's own fit is taken for what it changes about its left-out score.
         change = c[:, None] * (reduced - bias)
         for k, (A, B) in pairs.items():
             change += (X[k] @ A) @ B - X[k] @ W[k]
+        change = unweighted(change, roots)
         alone, blocked, bias = alone + change, blocked + change, reduced
     lifted = None if lifting is None else lifting.of_samples(u, weighted)
-    pairs = {k: (roots[k] * A, B) for k, (A, B) in pairs.items()}
+    pairs = {k: (stretch[k] * A, B) for k, (A, B) in pairs.items()}
     return Fitted(pairs, bias, alone[judge.rows], blocked[judge.rows], lifted)
 
 
@@ -161,7 +167,9 @@ class _Features:
         dense: who factorises.
     """
 
-    def __init__(self, records: Records, Y: Doubles, choice: Choice, lifting: Lifting | None) -> None:
+    def __init__(
+        self, records: Records, Y: Doubles, choice: Choice, lifting: Lifting | None, roots: Doubles | None
+    ) -> None:
         used = [k for k, w in enumerate(choice.weights) if w > 0]
         cuts = np.cumsum([0, *(records.spec.tap_widths[k] for k in used)]).tolist()
         self.places = {k: slice(a, b) for k, (a, b) in zip(used, itertools.pairwise(cuts), strict=True)}
@@ -173,7 +181,7 @@ class _Features:
             self.stretch[at] = choice.scale * np.sqrt(choice.weights[k])
         self.dense = records.dense
         self._records, self._Y, self._limit = records, Y, choice.limit * choice.scale
-        self._lifting = lifting
+        self._lifting, self._roots = lifting, roots
 
     def __call__(self, which: slice | Rows, dtype: DType) -> tuple[Array, Array]:
         parts = self._records.taps(which)
@@ -188,7 +196,9 @@ class _Features:
         if self._lifting is not None:
             Z[:, self.lifted] = self._lifting.features(self._lifting.project(parts))
         c = shrinkage(norms, self._limit)[:, None]
-        if (c < 1).any():
+        if self._roots is not None:
+            c *= self._roots[which, None]
+        if (c != 1).any():
             Z *= c.astype(dtype)
         return Z, (c * self._Y[which]).astype(dtype)
 
@@ -200,9 +210,10 @@ def primal(
     judge: Judged,
     rank: int | None = None,
     lifting: Lifting | None = None,
+    roots: Doubles | None = None,
 ) -> Fitted:
     """Solve in the space of features; arguments as for `dual`, but no more than CHUNK records are needed at a time."""
-    T, C, features = len(records), Y.shape[1], _Features(records, Y, choice, lifting)
+    T, C, features = len(records), Y.shape[1], _Features(records, Y, choice, lifting, roots)
     dtype = precision(np.sqrt(T * min(T, CHUNK)), choice.lam)  # float32 only within a chunk, float64 between them
     A, R = np.zeros((features.D + 1, features.D + 1)), np.zeros((features.D + 1, C))
     for rows in records.chunks():
@@ -234,6 +245,8 @@ def primal(
             else:
                 inside = [np.searchsorted(at, block) for block in places]
                 blocked[some] = targets - primal_left_out(Z, residuals, V, inside) + change
+    if roots is not None:
+        alone, blocked = (unweighted(scores, roots[judge.rows]) for scores in (alone, blocked))
     pairs = {k: (features.stretch[features.places[k]][:, None] * P, Q) for k, (P, Q) in pairs.items()}
     lifted = None if lifting is None else lifting.of_features(W[features.lifted])
     return Fitted(pairs, final[-1], alone, blocked, lifted)

@@ -17,7 +17,8 @@ from ..backbones.builtin import Network
 from ..cache.store import Store
 from ..engine import Engine, Floats, forward
 from ..methods import Method
-from .calibration import fit_temperature, log_loss
+from ..tasks import Targets, as_targets
+from .calibration import best_losses
 from .closed import LONGEST, Judged, consecutive
 from .factor import Rows, blocks_of, runs
 from .records import subset
@@ -52,7 +53,7 @@ def hold_out(
     base: Network,
     m: Method,
     x: Floats,
-    y: NDArray[np.int32],
+    y: NDArray[np.int32] | Targets,
     *,
     groups: NDArray[Any] | None,
     store: Store | None,
@@ -71,13 +72,14 @@ def hold_out(
         groups: (T,) a label a sample; samples of a group are held out together.
         settings: rank, epochs, batch_size, lr, momentum of `sgd.fit`; the other arguments are its too.
     """
+    goal = as_targets(y, base.spec.C)
     lots, logits = split(len(x), groups, seed), []
     for judge in lots:
         train = np.setdiff1d(np.arange(len(x)), judge.rows)
         added: dict[str, Floats] = {}
         if len(train):
             fitted = fit(
-                engine, base, m, np.ascontiguousarray(x[train]), y[train],
+                engine, base, m, np.ascontiguousarray(x[train]), goal.at(train),
                 store=store, numbers=numbers[train], seed=seed, threads=threads, **settings,
             )  # fmt: skip
             added = dict(fitted.adapter.tensors)
@@ -92,7 +94,7 @@ def best_epochs(
     base: Network,
     m: Method,
     x: Floats,
-    y: NDArray[np.int32],
+    y: NDArray[np.int32] | Targets,
     *,
     groups: NDArray[Any] | None,
     store: Store | None,
@@ -106,6 +108,7 @@ def best_epochs(
 
     One training goes up all the stairs. Arguments as for `hold_out`, without epochs.
     """
+    goal = as_targets(y, base.spec.C)
     judge = split(len(x), groups, seed)[0]
     train = np.setdiff1d(np.arange(len(x)), judge.rows)
     if not len(train):
@@ -114,14 +117,13 @@ def best_epochs(
     done, best, least, start = 0, STAIRS[0], np.inf, None
     for epochs in STAIRS:
         start = fit(
-            engine, base, m, rest, y[train],
+            engine, base, m, rest, goal.at(train),
             store=store, numbers=numbers[train], seed=seed, threads=threads,
             epochs=epochs - done, epochs_before=done, start=start, **settings,
         ).adapter  # fmt: skip
         done = epochs
         logits = forward(engine, base.spec, {**base.tensors, **start.tensors}, held, threads)
-        scores = logits.astype(np.float64)
-        loss = float(log_loss(float(fit_temperature(scores, y[judge.rows])) * scores, y[judge.rows]).mean())
+        loss = float(best_losses(logits.astype(np.float64), goal.at(judge.rows)).mean())
         if loss < least:
             best, least = epochs, loss
     return best

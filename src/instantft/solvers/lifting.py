@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from .. import lift
 from ..errors import UsageError
 from ..spec import NetSpec
+from ..tasks import Targets
 from . import taps
-from .calibration import fit_temperature, log_loss
 from .factor import Rows, blocks_of, inverse_factor
 from .records import Records, subset
 from .taps import Choice, System, shrinkage, system
@@ -73,13 +73,13 @@ class Map:
     landmarks: Floats
     coefficients: Doubles
 
-    def tensors(self, beta: float) -> dict[str, Floats]:
-        """What goes into the adapter; the temperature β goes into the coefficients."""
+    def tensors(self, scale: Doubles) -> dict[str, Floats]:
+        """What goes into the adapter; the factors of the outputs (C,) go into the coefficients."""
         return {
             lift.BASIS: self.basis,
             "lift.offset": self.offset,
             "lift.landmarks": self.landmarks,
-            "lift.coefficients": (beta * self.coefficients).astype(np.float32),
+            "lift.coefficients": (scale * self.coefficients).astype(np.float32),
         }
 
 
@@ -190,12 +190,12 @@ def find(records: Records, choice: Choice, kind: Kind, seed: int) -> Lifting:
 
 
 def choose(
-    records: Records, Y: Doubles, choice: Choice, kind: Kind, seed: int, groups: Array | None, few: Rows
+    records: Records, goal: Targets, choice: Choice, kind: Kind, seed: int, groups: Array | None, few: Rows
 ) -> tuple[Lifting | None, float]:
     """A lift and its λ; or no lift, and the λ of `choice`, where left-out samples are better off without.
 
     Args:
-        Y: (T, C) one-hot targets.
+        goal: what the samples are to teach.
         choice: what is best without a lift.
         groups: (T,) a label a sample, or None.
         few: samples that λ is found on, as `taps.best_lambda` finds it without a lift.
@@ -204,36 +204,35 @@ def choose(
         UsageError: see `find`.
     """
     found = find(records, choice, kind, seed)
-    lam, _ = taps.best_lambda(_system(records, _gram(records, choice.weights, few), few, found), Y[few], choice.lam)
+    made = _system(records, _gram(records, choice.weights, few), few, found, goal.at(few))
+    lam, _ = taps.best_lambda(made, goal.at(few).Y, choice.lam)
     rows, blocks = subset(len(records), SAMPLES, seed)
     if groups is not None:
         blocks = blocks_of(groups[rows])
     G = _gram(records, choice.weights, rows)
     before, after = (
-        _loss(_system(records, G, rows, lifting), Y[rows], at, blocks)
+        _loss(_system(records, G, rows, lifting, goal.at(rows)), goal.at(rows), at, blocks)
         for lifting, at in ((None, choice.lam), (found, lam))
     )
     return (found, lam) if _helps(before, after) else (None, choice.lam)
 
 
 def _helps(before: float, after: float) -> bool:
-    """Of the log loss of blocks as long as those that taps are chosen by: shorter ones flatter what interpolates."""
+    """Of the loss of blocks as long as those that taps are chosen by: shorter ones flatter what interpolates."""
     return after < before
 
 
-def _system(records: Records, G: Doubles, rows: Rows, lifting: Lifting | None) -> System:
-    """What is solved, for some samples of Gram matrix G."""
-    made = system([G], (1.0,), records.dense)
+def _system(records: Records, G: Doubles, rows: Rows, lifting: Lifting | None, goal: Targets) -> System:
+    """What is solved, for some samples of Gram matrix G, and what they are to teach."""
+    made = system([G], (1.0,), records.dense, goal.roots)
     if lifting is not None:
         made.K[...] += made.c[:, None] * made.c * lifting.gram(lifting.project(records.taps(rows)), np.float32)
     return made
 
 
-def _loss(made: System, Y: Doubles, lam: float, blocks: Sequence[Rows]) -> float:
-    """Mean log loss of samples left out with their blocks, at the best temperature."""
-    y = Y.argmax(axis=1)
-    scores = made.c[:, None] * Y - taps.left_out(made, Y, lam, blocks)
-    return float(log_loss(float(fit_temperature(scores, y)) * scores, y).mean())
+def _loss(made: System, goal: Targets, lam: float, blocks: Sequence[Rows]) -> float:
+    """Mean loss of samples left out with their blocks, at the best calibration."""
+    return float(taps.loss_of(taps.left_out(made, goal.Y, lam, blocks), made, goal).mean())
 
 
 def _gram(records: Records, weights: Sequence[float], rows: Rows) -> Doubles:

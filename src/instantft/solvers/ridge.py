@@ -1,7 +1,7 @@
-"""Fine-tuning in closed form: ridge regression of one-hot targets on the taps. No epochs, no learning rate.
+"""Fine-tuning in closed form: ridge regression of targets on the taps. No epochs, no learning rate.
 
     Z = [√w_0·s·x^0 | … | √w_{L-1}·s·x^{L-1} | 1]         features (T, D+1)
-    min_W ‖Z·W − Y‖² + λ‖W‖²                              Y one-hot, (T, C)
+    min_W ‖Z·W − Y‖² + λ‖W‖²                              Y (T, C): one-hot, labels, or standardised numbers (`tasks`)
 
 in the dual where T < D,   (K + 1 + λI)·α = Y,  K = s²·Σ_k w_k·X_k·X_kᵀ,  W_k = s²·w_k·X_kᵀ·α,  bias = Σ_i α_i
 in the primal otherwise,   (ZᵀZ + λI)·W = ZᵀY, streamed over chunks of samples
@@ -10,6 +10,9 @@ s makes the mean norm of a record 1; records beyond 3 median norms are shrunk (`
 the taps (`taps.choose`) are found on a few hundred samples by exact leave-one-out; the temperature β and the gain on
 the frozen output (`calibration`) on scores of left-out samples. What comes out is an adapter of the general form
 y = gain·c + Σ x^k·A_k·B_k + bias, with A_k·B_k = β·W_k, so that evaluation, prediction and export have no second path.
+
+Weights of samples multiply rows of Z and Y by their roots. Nothing else changes, and left-out scores stay exact. (In
+regression they are so for the mean and the deviation of all targets, which a left-out sample has moved by 1/T.)
 
 With a lift (`lifting`) the kernel of the taps is added to K, or its landmarks to Z, and all else stays the same.
 
@@ -33,11 +36,20 @@ from ..cache.store import Store
 from ..engine import Engine, Floats, Progress, parts
 from ..errors import DataError, UsageError
 from ..spec import NetSpec
+from ..tasks import Targets, as_targets
 from . import closed, lifting
 from . import taps as selection
-from .calibration import Temperature, expected_calibration_error, fit_mixture, fit_temperature, log_loss, softmax
+from .calibration import (
+    Calibration,
+    Temperature,
+    calibrate,
+    calibrate_with,
+    expected_calibration_error,
+    losses,
+    softmax,
+)
 from .factor import Rows, blocks_of
-from .gate import Decision, gate
+from .gate import Decision, compare
 from .lowrank import Pair, padded
 from .records import CHUNK, Records, alike, subset
 from .sgd import Seconds, check_arguments
@@ -68,31 +80,44 @@ class RidgeResult:
         adapter: the adapter, method ``skip-ridge``.
         seconds: the time it took, as `sgd.Seconds`.
         choice: λ, weights of the taps, scale and limit.
-        temperature: β, folded into the adapter.
-        gain: of the frozen network's output; 0 where it does not help.
+        calibration: what makes outputs of scores, folded into the adapter; gain 0 where that does not help.
         space: which system was solved.
         lift: which lift the adapter has; None: none was asked for, or it would not help.
         rows: (n,) rows of x.
-        labels: (n,) their labels.
+        goal: what these were to teach.
         blocks: places in `rows` that were left out together: runs of consecutive samples, or the groups.
-        loo_scores: (n, C) float32, logits of samples left out one at a time.
-        block_scores: (n, C) float32, logits of samples left out with their block.
-        frozen_scores: (n, C) float32, logits of the frozen network.
+        loo_scores: (n, C) float32, outputs for samples left out one at a time.
+        block_scores: (n, C) float32, outputs for samples left out with their block.
+        frozen_scores: (n, C) float32, outputs of the frozen network.
     """
 
     adapter: Adapter
     seconds: Seconds
     choice: selection.Choice
-    temperature: Temperature
-    gain: float
+    calibration: Calibration
     space: Literal["dual", "primal"]
     lift: lifting.Kind | None
     rows: Rows = field(repr=False)
-    labels: NDArray[np.int32] = field(repr=False)
+    goal: Targets = field(repr=False)
     blocks: list[Rows] = field(repr=False)
     loo_scores: Floats = field(repr=False)
     block_scores: Floats = field(repr=False)
     frozen_scores: Floats = field(repr=False)
+
+    @property
+    def temperature(self) -> Temperature:
+        """β of classes, folded into the adapter; of labels and numbers, which have one each, the mean."""
+        return Temperature(self.calibration.scale.mean())
+
+    @property
+    def gain(self) -> float:
+        """Of the frozen network's output; 0 where that does not help."""
+        return self.calibration.gain
+
+    @property
+    def labels(self) -> Array:
+        """(n,) classes, or (n, C), of `rows`."""
+        return self.goal.y
 
     @property
     def lam(self) -> float:
@@ -110,23 +135,26 @@ class RidgeResult:
         return tuple(k for k, w in enumerate(self.weights) if w > 0)
 
     @property
-    def loo_accuracy(self) -> float:
-        """Share of samples classified correctly when left out one at a time; flatters where neighbours are alike."""
-        return _accuracy(self.loo_scores, self.labels)
+    def loo_score(self) -> float:
+        """Accuracy, R² or share of right labels (`tasks.METRICS`) of samples left out one at a time; flatters where
+        neighbours are alike."""
+        return self.goal.score(self.loo_scores)
 
     @property
-    def block_accuracy(self) -> float:
-        """Share of samples classified correctly when left out in blocks."""
-        return _accuracy(self.block_scores, self.labels)
+    def block_score(self) -> float:
+        """The same of samples left out in blocks."""
+        return self.goal.score(self.block_scores)
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy of samples left out in blocks."""
-        return float(log_loss(self.block_scores, self.labels).mean())
+        """Mean loss (`calibration.losses`) of samples left out in blocks."""
+        return float(self.goal.share @ losses(self.block_scores, self.goal))
 
     @property
-    def calibration_error(self) -> float:
-        """Expected calibration error of the probabilities of samples left out in blocks."""
+    def calibration_error(self) -> float | None:
+        """Expected calibration error of the probabilities of classes of samples left out in blocks; else None."""
+        if self.goal.task != "classification":
+            return None
         return expected_calibration_error(softmax(self.block_scores), self.labels)
 
     def decide(self, before: Floats | None = None) -> Decision:
@@ -139,19 +167,14 @@ class RidgeResult:
         old = self.frozen_scores if before is None else np.asarray(before)
         if old.shape != self.block_scores.shape:
             raise UsageError(f"scores to compare with must be {list(self.block_scores.shape)}, not {list(old.shape)}")
-        right = self.block_scores.argmax(axis=1) == self.labels
-        return gate(old.argmax(axis=1) == self.labels, right, self.blocks)
-
-
-def _accuracy(scores: Array, labels: NDArray[np.int32]) -> float:
-    return float((scores.argmax(axis=1) == labels).mean())
+        return compare(self.goal, old, self.block_scores, self.blocks)
 
 
 def fit_ridge(
     engine: Engine,
     base: Network,
     x: Floats,
-    y: NDArray[np.int32],
+    y: NDArray[np.int32] | Targets,
     *,
     store: Store | None = None,
     numbers: NDArray[np.int64] | None = None,
@@ -169,7 +192,7 @@ def fit_ridge(
         engine: who runs the frozen network.
         base: the frozen network.
         x: (T, N) float32, as `data.as_samples` yields them.
-        y: (T,) int32 labels.
+        y: (T,) int32 classes; or what else the samples are to teach.
         store: the forward cache; None: the frozen network runs once a sample and nothing is kept.
         numbers: (T,), the number of each sample in the store; None: 0 … T-1.
         rank: R of the adapter of each tap (`lowrank`); None, or C and more: full rank, A_k = W_k and B_k = I.
@@ -191,7 +214,8 @@ def fit_ridge(
     """
     spec, T = base.spec, len(x)
     check_arguments(seed=seed, threads=threads, rank=1 if rank is None else rank)
-    groups = _check(spec, x, y, groups)
+    goal = as_targets(y, spec.C)
+    groups = _check(spec, x, goal, groups)
     if lift is not None and rank is not None and rank < spec.C:
         raise UsageError(f"a lift must go with full rank, {spec.C} or more, not {rank}")
     if numbers is None:
@@ -217,60 +241,60 @@ def fit_ridge(
         records.keep()
     filled = time.perf_counter()
 
-    choice = _choose(records, y, groups, seed, taps)
-    Y = np.eye(spec.C)[y]
+    choice = _choose(records, goal, groups, seed, taps)
     found = None
     if lift is not None:
-        found, lam = lifting.choose(records, Y, choice, lift, seed, groups, subset(T, FEW, seed)[0])
+        found, lam = lifting.choose(records, goal, choice, lift, seed, groups, subset(T, FEW, seed)[0])
         choice, lift = replace(choice, lam=lam), None if found is None else lift
     if space == "dual":
         judge = closed.judged(T, groups, T, seed)
-        fitted = closed.dual(records, Y, choice, judge, rank, found)
+        fitted = closed.dual(records, goal.Y, choice, judge, rank, found, goal.roots)
     else:
         judge = closed.judged(T, groups, closed.SCORED, seed)
-        fitted = closed.primal(records, Y, choice, judge, rank, found)
-    labels, frozen = y[judge.rows], records.frozen(judge.rows)
-    beta, gain = _logits(fitted.blocked, frozen, labels, judge.blocks)
+        fitted = closed.primal(records, goal.Y, choice, judge, rank, found, goal.roots)
+    judged, frozen = goal.at(judge.rows), records.frozen(judge.rows)
+    made = _calibrated(fitted.blocked, frozen, judged, judge.blocks)
     R = spec.C if rank is None else int(rank)
     config = {
+        **goal.config,
         "samples": T,
         "lambda": choice.lam,
         "taps": [float(w) for w in choice.weights],
-        "temperature": float(beta),
-        "gain": gain,
+        "temperature": float(made.scale.mean()),
+        "gain": made.gain,
         "space": space,
         "lift": lift,
         "seed": int(seed),
         "cache": None if store is None else store.codec.name,
         "engine": engine.name,
     }
-    tensors = adapter_tensors(spec, fitted.pairs, fitted.bias, float(beta), gain, R)
+    tensors = adapter_tensors(spec, fitted.pairs, fitted.bias, made, R)
     if fitted.lift is not None:
-        tensors |= fitted.lift.tensors(float(beta))
+        tensors |= fitted.lift.tensors(made.scale)
     adapter = Adapter(METHOD, R, spec, base.hash, tensors, config)
     done = time.perf_counter()
     return RidgeResult(
         adapter,
         Seconds(filled - began, done - filled),
         choice,
-        beta,
-        gain,
+        made,
         space,
         lift,
         judge.rows,
-        labels,
+        judged,
         judge.blocks,
-        (float(beta) * fitted.alone + gain * frozen).astype(np.float32),
-        (float(beta) * fitted.blocked + gain * frozen).astype(np.float32),
+        made(fitted.alone, frozen).astype(np.float32),
+        made(fitted.blocked, frozen).astype(np.float32),
         frozen,
     )
 
 
-def _check(spec: NetSpec, x: Floats, y: NDArray[np.int32], groups: Array | None) -> Array | None:
-    T = len(x)
-    if T < 1 or np.shape(y) != (T,):
+def _check(spec: NetSpec, x: Floats, goal: Targets, groups: Array | None) -> Array | None:
+    T, y = len(x), goal.y
+    wanted = (T,) if goal.task == "classification" else (T, spec.C)
+    if T < 1 or np.shape(y) != wanted:
         raise DataError(f"samples and labels must be of one length, at least 1, not {T} and {list(np.shape(y))}")
-    if int(np.min(y)) < 0 or int(np.max(y)) >= spec.C:
+    if goal.task == "classification" and (int(np.min(y)) < 0 or int(np.max(y)) >= spec.C):
         raise DataError(f"labels must be 0 to {spec.C - 1}, not {np.min(y)} to {np.max(y)}")
     if groups is None:
         return None
@@ -283,10 +307,10 @@ def _check(spec: NetSpec, x: Floats, y: NDArray[np.int32], groups: Array | None)
 
 
 def _choose(
-    records: Records, y: NDArray[np.int32], groups: Array | None, seed: int, taps: str | Sequence[int]
+    records: Records, goal: Targets, groups: Array | None, seed: int, taps: str | Sequence[int]
 ) -> selection.Choice:
     """λ and weights, found on few samples."""
-    T, L, C = len(records), records.spec.L, records.spec.C
+    T, L = len(records), records.spec.L
     first = records.spec.first_tap
     if isinstance(taps, str):
         if taps not in ("auto", "all"):
@@ -310,7 +334,7 @@ def _choose(
             grams = [records.triangle(part, rows) for part in parts]
         if not all(np.isfinite(np.diagonal(K)).all() for K in grams):  # then so is all else: |x·y| ≤ ‖x‖·‖y‖
             raise DataError(closed.TOO_LARGE)
-        return selection.Sample(grams, np.eye(C)[y[rows]], blocks, records.dense)
+        return selection.Sample(grams, goal.at(rows), blocks, records.dense)
 
     if taps == "auto":
         most = min(closed.KEPT, sum(records.spec.tap_widths))
@@ -326,33 +350,35 @@ def _choose(
     return replace(found, weights=weights)
 
 
-def _logits(scores: Array, frozen: Floats, labels: NDArray[np.int32], blocks: list[Rows]) -> tuple[Temperature, float]:
-    """β and the gain on the frozen output, which is 0 unless that is surely better on left-out samples."""
-    alone = fit_temperature(scores, labels)
-    beta, gain = fit_mixture(scores, frozen, labels, alone)
-    before, after = float(alone) * scores, float(beta) * scores + gain * frozen
-    surely = selection.excess(log_loss(before, labels) - log_loss(after, labels), blocks) >= HELPS
-    if gain > 0 and surely and _accuracy(after, labels) >= _accuracy(before, labels):
-        return beta, gain
-    return alone, 0.0
+def _calibrated(scores: Array, frozen: Floats, goal: Targets, blocks: list[Rows]) -> Calibration:
+    """What makes outputs of scores; with the frozen output only if that is surely better on left-out samples."""
+    alone = calibrate(scores, goal)
+    mixed = calibrate_with(scores, frozen, goal, alone)
+    before, after = alone(scores), mixed(scores, frozen)
+    fall = losses(before, goal) - losses(after, goal)
+    surely = selection.excess(fall if goal.weights is None else goal.weights * fall, blocks) >= HELPS
+    if mixed.gain > 0 and surely and goal.score(after) >= goal.score(before):
+        return mixed
+    return alone
 
 
 def adapter_tensors(
-    spec: NetSpec, pairs: Mapping[int, Pair], bias: Array, beta: float, gain: float, rank: int
+    spec: NetSpec, pairs: Mapping[int, Pair], bias: Array, made: Calibration, rank: int
 ) -> dict[str, Floats]:
     """The adapter's tensors; taps that are not in use are zero.
 
     Args:
         pairs: A_k (N_k, R) and B_k (R, C) of each tap in use; bias: (C,).
-        beta: the temperature, which goes into A and the bias; gain: of the frozen output.
+        made: the calibration. A factor that all outputs share goes into A, else they go into B.
         rank: R of the adapter.
     """
+    beta, each = (float(made.scale[0]), np.ones(1)) if len(made.scale) == 1 else (1.0, made.scale)
     tensors: dict[str, Floats] = {}
     for k in range(spec.first_tap, spec.L):
         nothing = np.zeros((spec.tap_widths[k], 0)), np.zeros((0, spec.C))
         A, B = padded(pairs.get(k, nothing), rank)
         tensors[f"lora.{k}-{spec.L}.A"] = (beta * A).astype(np.float32)
-        tensors[f"lora.{k}-{spec.L}.B"] = B.astype(np.float32)
-    tensors["output.gain"] = np.array([gain], np.float32)
-    tensors["output.bias"] = (beta * bias).astype(np.float32)
+        tensors[f"lora.{k}-{spec.L}.B"] = (each * B).astype(np.float32)
+    tensors["output.gain"] = np.array([made.gain], np.float32)
+    tensors["output.bias"] = (made.scale * bias + made.shift).astype(np.float32)
     return tensors

@@ -31,6 +31,7 @@ from ..errors import DivergedError, UsageError
 from ..methods import SGD_METHODS, Method
 from ..methods import method as row
 from ..spec import NetSpec
+from ..tasks import Targets
 from .dual import DualTrainer, Space, taps_in_dual
 from .records import Records
 from .step import default_lr, default_momentum
@@ -127,7 +128,7 @@ def fit(
     base: Network,
     method: str | Method,
     x: Floats,
-    y: NDArray[np.int32],
+    y: NDArray[np.int32] | Targets,
     *,
     rank: int = 4,
     epochs: int = 10,
@@ -181,6 +182,10 @@ def fit(
     )
     if m.solver != "sgd":
         raise UsageError(f"SGD needs a method that makes steps: one of {', '.join(SGD_METHODS)}, not {m.name}")
+    if isinstance(y, Targets):
+        if not y.plain:
+            raise UsageError(f"{m.name} must learn classes that count alike, without smoothing: use skip-ridge")
+        y = y.y
     if store is not None and not m.cacheable:
         raise UsageError(f"a cache must go with a method that leaves the frozen activations as they are, not {m.name}")
     spec, T = base.spec, len(x)

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from ..errors import DataError, UsageError
 from ..spec import NetSpec
+from ..tasks import Targets, as_targets
 from .calibration import Temperature, fit_temperature
 from .closed import TOO_LARGE
 from .factor import inverse_factor
@@ -137,7 +138,8 @@ class StreamingRidge:
         return {k: (W[cuts[i] : cuts[i + 1]], eye) for i, k in enumerate(self._used)}, self._W[-1].copy()
 
     def left_out(self) -> tuple[Doubles, NDArray[np.intp]]:
-        """Exact leave-one-out scores (n, C) of the retained samples, and their labels (n,); none in the primal.
+        """Of classes that count alike: exact leave-one-out scores (n, C) of those retained, and their labels (n,); none
+        in the primal.
 
         Forgotten samples count as little here as there: a score is that of the others, weighted as they are.
         """
@@ -161,24 +163,34 @@ class StreamingRidge:
         )
         return self.classes
 
-    def update(self, taps: Sequence[Floats], y: NDArray[np.integer[Any]]) -> None:
+    def update(self, taps: Sequence[Floats], y: NDArray[np.integer[Any]] | Targets) -> None:
         """Learn from a batch, oldest sample first.
 
         Args:
             taps: x^0 … x^{L-1}, (b, N_k) each, as `Records.taps` gives them.
-            y: (b,) labels, 0 to C-1.
+            y: (b,) classes, 0 to C-1; or what else the samples are to teach, in the terms of earlier ones
+                (`Targets.more`).
 
         Raises:
             DataError: they cannot be used; nothing has changed.
         """
-        labels = np.asarray(y)
+        goal = as_targets(y if isinstance(y, Targets) else np.asarray(y), self.classes)
+        labels = goal.y
         Z = self._features(taps)
         b = len(Z)
-        if labels.shape != (b,) or (b and (int(labels.min()) < 0 or int(labels.max()) >= self.classes)):
+        classes = goal.task == "classification"
+        if not classes and labels.shape != (b, self.classes):
+            raise DataError(f"labels must be ({b}, {self.classes}), one an output, not {list(labels.shape)}")
+        if (classes and labels.shape != (b,)) or (
+            classes and b and (int(labels.min()) < 0 or int(labels.max()) >= self.classes)
+        ):
             raise DataError(f"labels must be one a sample, 0 to {self.classes - 1}, not {labels!r:.60}")
         if b == 0:
             return
-        Y = Z[:, -1:].astype(np.float64) * np.eye(self.classes)[labels]
+        Y = Z[:, -1:].astype(np.float64) * goal.Y
+        if goal.roots is not None:
+            Y *= goal.roots[:, None]
+            Z *= goal.roots[:, None].astype(np.float32)
         self.seen += b
         # In parts, so that neither λ nor the support strays far within one batch.
         most = b if self.forgetting == 1 else max(1, int(np.log(2) / 4 / -np.log(self.forgetting)))

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engine.dense import Dense
-from .calibration import fit_temperature, log_loss
+from ..tasks import Targets
+from .calibration import best_losses
 from .factor import NUMPY, Factor, Rows, precision
 
 __all__ = [
@@ -31,8 +32,10 @@ __all__ = [
     "excess",
     "ladder_weights",
     "left_out",
+    "loss_of",
     "shrinkage",
     "system",
+    "unweighted",
     "with_weights",
 ]
 
@@ -88,13 +91,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class System:
-    """Records as their Gram matrix, scaled and clipped: Z·Zᵀ of Z = diag(c)·[s·x | 1] with targets diag(c)·Y.
+    """Records as their Gram matrix, scaled, clipped and weighted: Z·Zᵀ of Z = diag(c)·[s·x | 1], targets diag(c)·Y.
 
     Attributes:
         K: (n, n), on and below the diagonal, of the type of what it was made from.
-        c: (n,), 1 but for records beyond the limit.
+        c: (n,), the root of the sample's weight, less for records beyond the limit.
         scale, limit: as in `Choice`.
         dense: who factorises.
+        roots: (n,), √weight; None: all 1.
     """
 
     K: Array
@@ -102,6 +106,11 @@ class System:
     scale: float
     limit: float
     dense: Dense = NUMPY
+    roots: Doubles | None = None
+
+    def scores(self, Y: Doubles, residuals: Array) -> Doubles:
+        """(n, C) what is said of records that were left out, clipped but not weighted, from their residuals."""
+        return unweighted(self.c[:, None] * Y - residuals, self.roots)
 
 
 def shrinkage(norms: Array, limit: float) -> Doubles:
@@ -109,12 +118,22 @@ def shrinkage(norms: Array, limit: float) -> Doubles:
     return np.asarray(np.minimum(1.0, limit / np.maximum(norms, 1e-300)), np.float64)
 
 
-def system(grams: Sequence[Array], weights: Sequence[float], dense: Dense = NUMPY) -> System:
+def unweighted(values: Array, roots: Doubles | None) -> Doubles:
+    """(n, C) values of rows that were multiplied by the roots of their weights, without these."""
+    return np.asarray(values if roots is None else values / roots[:, None])
+
+
+def system(
+    grams: Sequence[Array], weights: Sequence[float], dense: Dense = NUMPY, roots: Doubles | None = None
+) -> System:
     """The system of a weighted set of taps, K = Σ w_k·K_k before scaling.
 
     A heavy-tailed sensor yields now and then a record that outweighs all others together. Beyond CLIP medians a
     record and its target are shrunk alike, which is weighted least squares: still exact, and what is fitted is still
-    linear in the record.
+    linear in the record. Weights of samples are the same thing, asked for.
+
+    Args:
+        roots: (n,), √weight of each sample; None: all 1.
     """
     used = [(w, part) for w, part in zip(weights, grams, strict=True) if w]
     parts, some = [part for _, part in used], [w for w, _ in used]
@@ -124,7 +143,9 @@ def system(grams: Sequence[Array], weights: Sequence[float], dense: Dense = NUMP
     c = shrinkage(norms, limit)
     mean = float((c * norms).mean())
     scale = 1.0 / mean if mean > 0 else 1.0
-    return System(dense.combine(parts, some, scale * c, c), c, scale, limit, dense)
+    if roots is not None:
+        c = c * roots
+    return System(dense.combine(parts, some, scale * c, c), c, scale, limit, dense, roots)
 
 
 def diagonal(parts: Sequence[Array], weights: Sequence[float]) -> Array:
@@ -185,35 +206,35 @@ class Sample:
 
     Attributes:
         grams: L matrices (n, n), the Gram matrix of each tap, on and below the diagonal.
-        Y: (n, C) one-hot targets.
+        goal: what they are to teach.
         blocks: rows that are left out together.
         dense: who factorises.
     """
 
     grams: Sequence[Array]
-    Y: Doubles
+    goal: Targets
     blocks: Sequence[Rows]
     dense: Dense = NUMPY
 
     def system(self, weights: Sequence[float]) -> System:
         """Of its taps, weighted."""
-        return system(self.grams, weights, self.dense)
+        return system(self.grams, weights, self.dense, self.goal.roots)
 
 
 def with_weights(sample: Sample, weights: Sequence[float]) -> Choice:
     """λ for weights that are given."""
     made = sample.system(weights)
-    lam, _ = best_lambda(made, sample.Y)
+    lam, _ = best_lambda(made, sample.goal.Y)
     return Choice(lam, tuple(float(w) for w in weights), made.scale, made.limit)
 
 
 def choose(few: Sample, many: Callable[[], Sample] | None = None) -> Choice:
     """λ and weights: of the `LADDER`, the last rung that is no worse than the best by more than chance.
 
-    Every rung gets its own λ by leave-one-out. Rungs are compared by the log loss of left-out blocks, each at its own
-    temperature: squared error would prefer whatever interpolates neighbours best, and accuracy is too coarse for a few
-    hundred samples. A rung counts as no worse if the mean loss is above the smallest by at most MARGIN standard errors
-    of the difference, where samples of a block count as one.
+    Every rung gets its own λ by leave-one-out. Rungs are compared by the loss of left-out blocks, each at its own
+    calibration: of classes log loss, because squared error would prefer whatever interpolates neighbours best, and
+    accuracy is too coarse for a few hundred samples. A rung counts as no worse if the mean loss is above the smallest
+    by at most MARGIN standard errors of the difference, where samples of a block count as one.
 
     Args:
         few: on which every rung is tried.
@@ -226,13 +247,13 @@ def choose(few: Sample, many: Callable[[], Sample] | None = None) -> Choice:
     for weights in dict.fromkeys(rungs):
         made, first = few.system(weights), None
         if tried and many is not None:
-            factor, alpha = solved(made, few.Y, lam)
+            factor, alpha = solved(made, few.goal.Y, lam)
             first = squared(factor.left_out(alpha))
             blocked = factor.left_out(alpha, few.blocks)
             least = min((loss for _, loss in tried.values()), key=lambda loss: float(loss.mean()))
-            if excess(loss_of(blocked, made, few.Y) - least, few.blocks) > HOPELESS:
+            if excess(loss_of(blocked, made, few.goal) - least, few.blocks) > HOPELESS:
                 continue
-        lam, _ = best_lambda(made, few.Y, lam, first)
+        lam, _ = best_lambda(made, few.goal.Y, lam, first)
         systems[weights], tried[weights] = made, (lam, block_loss(few, made, lam))
     if many is not None:
         tried = {w: tried[w] for w in _no_worse({w: loss for w, (_, loss) in tried.items()}, few.blocks, SURE)}
@@ -240,21 +261,19 @@ def choose(few: Sample, many: Callable[[], Sample] | None = None) -> Choice:
             few = many()
             systems = {w: few.system(w) for w in tried}
             tried = {w: (lam, block_loss(few, systems[w], lam)) for w, (lam, _) in tried.items()}
-    margin = MARGIN * min(1.0, len(few.Y) / ENOUGH)
+    margin = MARGIN * min(1.0, len(few.goal) / ENOUGH)
     last = _no_worse({w: loss for w, (_, loss) in tried.items()}, few.blocks, margin)[-1]
     return Choice(tried[last][0], last, systems[last].scale, systems[last].limit)
 
 
 def block_loss(sample: Sample, made: System, lam: float) -> Doubles:
-    """(n,): log loss of every sample, left out with its block, at the best temperature."""
-    return loss_of(left_out(made, sample.Y, lam, sample.blocks), made, sample.Y)
+    """(n,): weighted loss of every sample, left out with its block, at the best calibration."""
+    return loss_of(left_out(made, sample.goal.Y, lam, sample.blocks), made, sample.goal)
 
 
-def loss_of(residuals: Array, made: System, Y: Doubles) -> Doubles:
-    """(n,): log loss of left-out samples, from their residuals, at the best temperature."""
-    y = Y.argmax(axis=1)
-    scores = made.c[:, None] * Y - residuals
-    return np.asarray(log_loss(float(fit_temperature(scores, y)) * scores, y))
+def loss_of(residuals: Array, made: System, goal: Targets) -> Doubles:
+    """(n,): weighted loss of left-out samples, from their residuals, at the best calibration (`best_losses`)."""
+    return np.asarray(best_losses(made.scores(goal.Y, residuals), goal))
 
 
 def squared(residuals: Array) -> float:
