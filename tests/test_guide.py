@@ -19,6 +19,7 @@ from instantft.cli import commands
 from instantft.methods import METHODS
 
 from . import samples
+from .test_readme import all_commands
 
 DOCS = Path(__file__).parent.parent / "docs"
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="the documents are not part of the installed package")
@@ -52,7 +53,7 @@ def test_python_in_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_options_in_the_guide_exist() -> None:
     known = {"--help", "--version"}
-    for command in commands.commands.values():
+    for command in all_commands(commands):
         known |= {o for p in command.params if isinstance(p, click.Option) for o in p.opts}
     mentioned = set(re.findall(r"--[a-z][a-z-]+", guide()))
     assert mentioned

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
     not (README.is_file() and (ROOT / "Makefile").is_file()), reason="the README is not part of the installed package"
 )
 
-LONG = ("demo", "bench", "reproduce")
+LONG = ("demo", "bench", "reproduce", "data")
 """Commands that are only parsed here; their own tests run them."""
 
 IMAGES, CLASSES = 60, 4
@@ -36,6 +36,13 @@ def commands() -> list[list[str]]:
     """The words after `instantft` of every line of the shell blocks that begins with it, comments left out."""
     lines = [line for language, text in blocks() if language != "python" for line in text.splitlines()]
     return [shlex.split(line, comments=True)[1:] for line in lines if re.match(r"(\$ )?instantft ", line)]
+
+
+def all_commands(group: click.Group) -> list[click.Command]:
+    """The commands of a group and of the groups in it."""
+    return [
+        c for one in group.commands.values() for c in (all_commands(one) if isinstance(one, click.Group) else [one])
+    ]
 
 
 def code() -> str:
@@ -116,7 +123,7 @@ def test_links_lead_somewhere() -> None:
 
 def test_options_exist() -> None:
     known = {"--help", "--version"}
-    for command in cli.commands.commands.values():
+    for command in all_commands(cli.commands):
         known |= {o for p in command.params if isinstance(p, click.Option) for o in p.opts}
     ours = "\n".join(line for line in code().splitlines() if not re.match(r"(pip|python|git|apt)", line))
     assert set(re.findall(r"(?<!\S)--[a-z][a-z-]+", ours)) <= known

@@ -69,15 +69,22 @@ def numbers(t: Trial, where: Where) -> Any:
 
 
 def test_a_missing_set_says_where_it_comes_from(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=r"must hold mnist\.npz, but .* --data-dir or INSTANTFT_DATA; docs/guide\.md"):
+    with pytest.raises(
+        FileError,
+        match=r"must hold mnist\.npz, but .* `instantft data fetch` .* --data-dir or INSTANTFT_DATA; docs/guide\.md",
+    ):
         load_set(tmp_path, "mnist.npz")
     (tmp_path / "mnist.npz").write_bytes(b"no archive")
     with pytest.raises(FileError, match=r"must be an \.npz of arrays, but"):
         load_set(tmp_path, "mnist.npz")
 
 
-def test_where_sets_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_sets_are_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("INSTANTFT_DATA", raising=False)
+    (tmp_path / "checkout").mkdir()
+    monkeypatch.chdir(tmp_path / "checkout")
+    assert protocols.set_folder() == Path("data")
+    (tmp_path / "shared" / "data").mkdir(parents=True)
     assert protocols.set_folder() == Path("../shared/data")
     monkeypatch.setenv("INSTANTFT_DATA", "from-the-environment")
     assert protocols.set_folder() == Path("from-the-environment")

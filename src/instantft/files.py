@@ -15,7 +15,7 @@ import stat
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ __all__ = [
     "regular_size",
     "sync_directory",
     "write_and_sync",
+    "write_through",
     "write_whole",
 ]
 
@@ -242,6 +243,15 @@ def write_whole(path: Path, data: bytes, what: str) -> None:
     """Write `data` under `path`: all of it, or nothing.
 
     Raises:
+        FileError: as `write_through`.
+    """
+    write_through(path, lambda f: f.write(data), what)
+
+
+def write_through(path: Path, write: Callable[[IO[bytes]], object], what: str) -> None:
+    """Let `write` write a file under `path`, for what is too large to be in memory twice: all of it, or nothing.
+
+    Raises:
         FileError: the disk is full, the directory cannot be written, or the target is no regular file.
     """
     target = Path(os.path.realpath(path))
@@ -252,7 +262,7 @@ def write_whole(path: Path, data: bytes, what: str) -> None:
             raise FileError(f"{what} must be written to a regular file, but {path} is something else")
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            write_and_sync(temporary, data)
+            _write_and_sync(temporary, write)
             os.replace(temporary, target)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -267,8 +277,12 @@ def write_whole(path: Path, data: bytes, what: str) -> None:
 
 def write_and_sync(path: Path, data: bytes) -> None:
     """Write a new file and wait until the disk has it."""
+    _write_and_sync(path, lambda f: f.write(data))
+
+
+def _write_and_sync(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     with path.open("wb") as f:
-        f.write(data)
+        write(f)
         f.flush()
         os.fsync(f.fileno())
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import click
 
 from ..errors import InstantFTError
-from . import adapting, exporting, inspecting, measuring, using
+from . import adapting, data, exporting, inspecting, measuring, using
 from .options import commands
 
 __all__ = ["commands", "main", "run"]
@@ -32,6 +32,7 @@ for _command in (
     exporting.export,
     measuring.bench,
     measuring.reproduce,
+    data.data,
 ):
     commands.add_command(_command)
 

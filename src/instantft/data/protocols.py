@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,9 +25,11 @@ from numpy.typing import NDArray
 from ..errors import FileError
 from ..spec import NetSpec, dnn, lenet5
 from .drift import rotate
+from .triples import shuffled
 
 __all__ = [
-    "BATCH", "RANK", "TASKS", "Samples", "Task", "drifted", "load_set", "network", "pretraining", "quick", "scaled",
+    "BATCH", "RANK", "TASKS", "Samples", "Task", "drifted", "load_set", "network", "pretraining", "quick", "read_set",
+    "scaled",
     "set_folder",
 ]  # fmt: skip
 
@@ -118,8 +121,9 @@ def quick(task: Task) -> Task:
 
 
 def set_folder(folder: str | None = None) -> Path:
-    """Where the data sets are: `folder`, else $INSTANTFT_DATA, else ``../shared/data``."""
-    return Path(folder or os.environ.get("INSTANTFT_DATA") or "../shared/data")
+    """Where the data sets are: `folder`, else $INSTANTFT_DATA, else ``../shared/data`` if there, else ``data``."""
+    beside = Path("../shared/data")
+    return Path(folder or os.environ.get("INSTANTFT_DATA") or (beside if beside.is_dir() else "data"))
 
 
 @lru_cache(maxsize=2)
@@ -132,12 +136,21 @@ def load_set(folder: Path, name: str) -> dict[str, NDArray[Any]]:
     path = folder / name
     if not path.is_file():
         raise FileError(
-            f"the data folder must hold {name}, but {folder} does not: name another with --data-dir or INSTANTFT_DATA; "
-            "docs/guide.md says what must be in the file and where the set comes from"
+            f"the data folder must hold {name}, but {folder} does not: `instantft data fetch` gets the papers' sets; "
+            "or name another folder with --data-dir or INSTANTFT_DATA; docs/guide.md says what must be in the file"
         )
+    return read_set(path)
+
+
+def read_set(path: Path, keys: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
+    """The arrays of an ``.npz``; of `keys` those that are there, or all.
+
+    Raises:
+        FileError: it is none.
+    """
     try:
         with np.load(path, allow_pickle=False) as z:
-            return {key: z[key] for key in z.files}
+            return {key: z[key] for key in z.files if keys is None or key in keys}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
         raise FileError(f"a data set must be an .npz of arrays, but {path} is not: {e}") from None
 
@@ -194,8 +207,8 @@ def drifted(task: Task, folder: Path, seed: int) -> tuple[Samples, Samples]:
             x, y = _planes(data["test_x"]), data["test_y"]
         else:
             x, y = _turned(folder, task.file, task.degrees or 0.0)
-        shuffled = np.random.default_rng([seed, 75]).permutation(len(x))
-        parts = [(x[i], y[i]) for i in (shuffled[: task.finetune], shuffled[task.finetune :])]
+        order = shuffled(len(x), seed)
+        parts = [(x[i], y[i]) for i in (order[: task.finetune], order[task.finetune :])]
     elif "har" in task.file:
         data = load_set(folder, task.file)
         parts = [(data["x"][data[i]], data["y"][data[i]]) for i in ("finetune_idx", "test_idx")]
