@@ -251,18 +251,8 @@ def test_help_and_version(run: Run) -> None:
     status, out, _ = run("--help")
     assert status == 0
     found = [line.split()[0] for line in out.split("Commands:")[1].splitlines() if line.strip()]
-    assert found == [
-        "demo",
-        "pretrain",
-        "finetune",
-        "evaluate",
-        "predict",
-        "inspect",
-        "export",
-        "bench",
-        "reproduce",
-        "data",
-    ]
+    story = ["demo", "pretrain", "finetune", "evaluate", "predict", "inspect", "export"]
+    assert found == [*story, "watch", "history", "rollback", "forget", "bench", "reproduce", "data"]
     assert run("--version")[1].startswith("instantft ")
     for command in found:
         assert run(command, "--help")[0] == 0

@@ -37,11 +37,13 @@ __all__ = [
     "check_none",
     "cost",
     "curved",
+    "from_taps",
     "lengths",
     "logits",
     "project",
     "shapes",
     "tap_slices",
+    "taps_of",
 ]
 
 Array = NDArray[Any]
@@ -150,26 +152,37 @@ def project(spec: NetSpec, taps: Sequence[Floats], basis: Floats, offset: Floats
     return u
 
 
-def logits(spec: NetSpec, tensors: Mapping[str, Floats], x: Floats, records: Floats) -> Floats:
-    """y (T, C) of samples x (T, N) and their record rows (T, width), by the equation above.
+def from_taps(spec: NetSpec, tensors: Mapping[str, Floats], taps: Sequence[Floats], c: Floats) -> Floats:
+    """y (n, C) of samples with these taps, by the equation above, whose last term is there if the tensors have a lift.
 
     Args:
-        tensors: the adapter's, with whatever else there is.
+        tensors: of an adapter, all of which lead to the output, with whatever else there is.
+        taps: x^0 … x^{L-1}, (n, N_k) each.
+        c: (n, C), the frozen network's output.
     """
+    y = np.asarray(tensors.get("output.gain", np.float32(1)) * c + tensors.get("output.bias", np.float32(0)))
+    for k, tap in enumerate(taps):
+        name = f"lora.{k}-{spec.L}"
+        if f"{name}.A" in tensors:
+            y += (tap @ tensors[f"{name}.A"]) @ tensors[f"{name}.B"]
+    if BASIS in tensors:
+        V = tensors["lift.landmarks"]
+        u = project(spec, taps, tensors[BASIS], tensors["lift.offset"])
+        y += curved(u @ V.T, lengths(u), lengths(V)) @ tensors["lift.coefficients"]
+    return y
+
+
+def taps_of(spec: NetSpec, x: Floats, records: Floats) -> tuple[list[Floats], Floats]:
+    """x^0 … x^{L-1}, (n, N_k) each, and c (n, C), of samples x (n, N) and their record rows (n, width)."""
+    *behind, c = (records[:, s.offset : s.offset + s.size] for s in spec.record.segments)
+    return [x[:, : spec.tap_widths[0]], *behind], c
+
+
+def logits(spec: NetSpec, tensors: Mapping[str, Floats], x: Floats, records: Floats) -> Floats:
+    """y (T, C) of samples x (T, N) and their record rows (T, width), with a lift."""
     y = np.empty((len(x), spec.C), np.float32)
-    V, W = tensors["lift.landmarks"], tensors["lift.coefficients"]
-    norms = lengths(V)
-    count = max(1, BLOCK // len(V))
-    gain, bias = tensors.get("output.gain", np.float32(1)), tensors.get("output.bias", np.float32(0))
+    count = max(1, BLOCK // len(tensors["lift.landmarks"]))
     for start in range(0, len(x), count):
         at = slice(start, start + count)
-        *behind, c = (records[at, s.offset : s.offset + s.size] for s in spec.record.segments)
-        taps = [x[at, : spec.tap_widths[0]], *behind]
-        y[at] = gain * c + bias
-        for k, tap in enumerate(taps):
-            name = f"lora.{k}-{spec.L}"
-            if f"{name}.A" in tensors:
-                y[at] += (tap @ tensors[f"{name}.A"]) @ tensors[f"{name}.B"]
-        u = project(spec, taps, tensors[BASIS], tensors["lift.offset"])
-        y[at] += curved(u @ V.T, lengths(u), norms) @ W
+        y[at] = from_taps(spec, tensors, *taps_of(spec, x[at], records[at]))
     return y

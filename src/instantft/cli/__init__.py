@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import click
 
 from ..errors import InstantFTError
-from . import adapting, data, exporting, inspecting, measuring, using
+from . import adapting, data, exporting, inspecting, measuring, using, watching
 from .options import commands
 
 __all__ = ["commands", "main", "run"]
@@ -30,6 +30,10 @@ for _command in (
     using.predict,
     inspecting.inspect,
     exporting.export,
+    watching.watch,
+    watching.history,
+    watching.rollback,
+    watching.forget,
     measuring.bench,
     measuring.reproduce,
     data.data,

@@ -1,0 +1,367 @@
+"""The loop on the device, and its journal: watch, history, rollback, forget."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import FileError, UsageError
+from .options import (
+    engine_of,
+    engine_option,
+    json_option,
+    preprocessing,
+    preprocessing_options,
+    seed_option,
+    taps_option,
+)
+from .show import percent, print_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from ..watch.journal import Journal, State
+    from ..watch.loop import Event, Loop, Message
+
+__all__ = ["forget", "history", "rollback", "watch"]
+
+WAITING = 256
+"""Messages that are read ahead."""
+
+AT_ONCE = 64
+"""Messages that are predicted together, if so many are waiting."""
+
+PAUSE = 0.2
+"""Seconds without a message after which the loop looks at other things."""
+
+LOOK = 1.0
+"""Seconds between two looks into a folder, and at requests of other commands."""
+
+ANSWER = 30.0
+"""Seconds that a command waits for the watcher to do what it asks."""
+
+NICE = 10
+"""By how much an adaptation is less urgent than predictions."""
+
+state_argument = click.argument("folder", metavar="STATE")
+
+
+@click.command()
+@click.argument("base")
+@click.option("--state", "folder", required=True, metavar="DIR", help="Where adapters and labelled samples are kept.")
+@click.option("--from", "source", default="-", metavar="-|DIR", help="Standard input or a folder. [default: -]")
+@click.option("--format", "form", default="json", show_default=True, metavar="json|csv", help="Of standard input.")
+@click.option("--method", default="auto", show_default=True, help="One that leaves the network as it is.")
+@click.option("--cache", metavar="CODEC", help="As of finetune. [default: fp32]")
+@click.option("--labels", default=100, show_default=True, help="Labelled samples that an adaptation needs.")
+@click.option("--keep", default=2000, show_default=True, help="Labelled samples that are kept on disk.")
+@click.option("--pending", default=4096, show_default=True, help="Samples that wait for their label at most.")
+@click.option("--versions", default=8, show_default=True, help="Adapters that are kept.")
+@click.option("--max-bytes", default=64 << 20, show_default=True, help="Of all adapters together.")
+@click.option("--allow-missing", is_flag=True, help="Adapt though some class was never seen; it will be forgotten.")
+@click.option("--predictions/--no-predictions", default=True, help="Whether to print every prediction.")
+@click.option("--status", default=60.0, show_default=True, metavar="SECONDS", help="Between two lines on how it goes.")
+@taps_option
+@seed_option
+@preprocessing_options("that of BASE")
+@engine_option
+def watch(
+    base: str,
+    folder: str,
+    source: str,
+    form: str,
+    method: str,
+    cache: str | None,
+    labels: int,
+    keep: int,
+    pending: int,
+    versions: int,
+    max_bytes: int,
+    allow_missing: bool,
+    predictions: bool,
+    status: float,
+    taps: str | None,
+    seed: int,
+    mean: str | None,
+    std: str | None,
+    engine: str | None,
+) -> None:
+    """Predict what comes in, notice drift, adapt, and go back if that was no good.
+
+    Samples and labels come in as lines of JSON or CSV, or as files in a folder; events go out as lines of JSON.
+    Adapters are kept in versions: see history and rollback.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from ..tuner import load as load_base
+    from ..watch import loop as loops
+    from ..watch.journal import Journal
+
+    if form not in ("json", "csv"):
+        raise UsageError(f"--format must be json or csv, not {form!r:.40}")
+    if not status > 0:
+        raise UsageError(f"--status must be above 0 seconds, not {status:g}")
+    network = load_base(base, taps)
+    chosen = network.bind(engine_of(engine))
+    means, stds = preprocessing(network, mean, std)
+    messages: queue.Queue[Message | None] = queue.Queue(WAITING)
+    over = threading.Event()
+    reader = _reader(source, form, network.spec, means, stds, messages, over)
+    journal = Journal(Path(folder), network, means, stds, keep=keep, versions=versions, max_bytes=max_bytes)
+    try:
+        with ThreadPoolExecutor(1, "adaptation", _less_urgent) as pool:
+            loop = loops.Loop(
+                network,
+                chosen,
+                journal,
+                pool.submit,
+                method=method,
+                cache=cache,
+                seed=seed,
+                labels=labels,
+                pending=pending,
+                allow_missing=allow_missing,
+            )
+            with _stopped_by(signal.SIGTERM, over):
+                reader.start()
+                _run(loop, journal, messages, over, predictions, status)
+    finally:
+        over.set()
+        journal.close()
+
+
+def _reader(
+    source: str,
+    form: str,
+    spec: Any,
+    means: tuple[float, ...],
+    stds: tuple[float, ...],
+    messages: queue.Queue[Message | None],
+    over: threading.Event,
+) -> threading.Thread:
+    """The thread that reads messages, until they end or it is over; then it says None."""
+    from ..watch.sources import CsvLines, JsonLines, Lines, longest_line, read_folder
+
+    def put(message: Message | None) -> None:
+        while not over.is_set():
+            with contextlib.suppress(queue.Full):
+                return messages.put(message, timeout=PAUSE)
+
+    def lines() -> Iterable[Message]:
+        parse = (CsvLines if form == "csv" else JsonLines)(spec, means, stds)
+        for line in Lines.of(sys.stdin.buffer, longest_line(spec)):
+            message = parse(line)
+            if message is not None:
+                yield message
+
+    def dropped() -> Iterable[Message]:
+        while not over.wait(LOOK):
+            yield from read_folder(Path(source), spec, means, stds)
+
+    if source != "-" and not Path(source).is_dir():
+        raise UsageError(f"--from must be - or a folder, not {source!r:.80}")
+
+    def read() -> None:
+        from ..watch.loop import Skipped
+
+        try:
+            for message in lines() if source == "-" else dropped():
+                put(message)
+                if over.is_set():
+                    return
+        except (OSError, FileError) as e:
+            put(Skipped("source", f"reading ends: {e}"))
+        put(None)
+
+    return threading.Thread(target=read, name="reader", daemon=True)
+
+
+def _run(
+    loop: Loop,
+    journal: Journal,
+    messages: queue.Queue[Message | None],
+    over: threading.Event,
+    predictions: bool,
+    every: float,
+) -> None:
+    """Feed the loop until the messages end and nothing is going on, or until it is over."""
+    from ..watch.loop import Command
+
+    ended, told, looked = False, time.monotonic(), 0.0
+
+    def tell(events: list[Event]) -> None:
+        shown = [e for e in events if predictions or e["event"] != "prediction"]
+        if shown:
+            sys.stdout.write("".join(json.dumps(e, allow_nan=False) + "\n" for e in shown))
+            sys.stdout.flush()
+
+    def status() -> None:
+        summary = loop.summary()
+        for long in ("accuracy", "drift", "listed", "versions"):
+            del summary[long]
+        tell([{"event": "status", "time": round(time.time(), 3), **summary}])
+
+    while not over.is_set() and not (ended and not loop.busy):
+        batch: list[Message] = []
+        with contextlib.suppress(queue.Empty):
+            batch.append(messages.get(timeout=PAUSE))  # type: ignore[arg-type]  # None is taken out below
+            while len(batch) < AT_ONCE:
+                batch.append(messages.get_nowait())  # type: ignore[arg-type]
+        ended = ended or None in batch
+        now = time.monotonic()
+        if now - looked >= LOOK:
+            looked = now
+            asked = journal.request()
+            if asked is not None:
+                name = asked.pop("command", None)
+                tell(loop.feed([Command(name if isinstance(name, str) else "", asked)]))
+                journal.answered()
+        tell(loop.feed(m for m in batch if m is not None))
+        tell(loop.poll())
+        if now - told >= every:
+            told = now
+            status()
+    status()
+
+
+@contextlib.contextmanager
+def _stopped_by(number: signal.Signals, over: threading.Event) -> Any:
+    """A signal ends the loop in an orderly way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, lambda *_: over.set())
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _less_urgent() -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+
+
+@click.command()
+@state_argument
+@json_option
+def history(folder: str, as_json: bool) -> None:
+    """Versions of the adapter in a watcher's STATE folder, and every change of the one in use."""
+    from dataclasses import asdict
+
+    from ..table import format_table
+    from ..watch.journal import FROZEN, read_state
+
+    state = read_state(Path(folder))
+    if as_json:
+        versions = [asdict(v) for v in state.versions.values()]
+        return print_json({**asdict(state), "versions": versions, "switches": [asdict(s) for s in state.switches]})
+    rows = [(f"{FROZEN}{_star(state.live == FROZEN)}", "", "", "", "", "", "the frozen network")]
+    rows += [
+        (
+            f"{v.number}{_star(v.number == state.live)}",
+            _date(v.made),
+            f"{v.samples:,}",
+            f"{percent(v.before)} → {percent(v.after)}",
+            f"{v.seconds:.3g} s",
+            "–" if v.joules is None else f"{v.joules:.3g} J",
+            f"{v.size:,} B, after version {v.parent}",
+        )
+        for v in state.versions.values()
+    ]
+    click.echo(format_table(("version", "made", "samples", "left out", "time", "energy", ""), rows))
+    click.echo("* in use\n")
+    for s in state.switches:
+        click.echo(f"{_date(s.time)}  {s.old} → {s.new}  {s.why}")
+    return None
+
+
+def _star(live: bool) -> str:
+    return "*" if live else ""
+
+
+def _date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+@click.command()
+@state_argument
+@click.option("--to", type=int, metavar="VERSION", help="Which; 0 is the frozen network. [default: the one before]")
+@json_option
+def rollback(folder: str, to: int | None, as_json: bool) -> None:
+    """Go back to an earlier version of the adapter in a watcher's STATE folder, whether the watcher runs or not."""
+    before = _state_of(folder)
+    to = before.behind if to is None else to  # so that asking twice is asking once
+
+    def alone(journal: Journal) -> None:
+        journal.roll_back(time.time(), "somebody asked for it", to)
+
+    _do(folder, {"command": "rollback", "to": to}, alone)
+    after = _state_of(folder)
+    if after.sequence == before.sequence:
+        raise UsageError(f"the watcher must go back, but it did not: version {after.live} is in use, see its events")
+    if as_json:
+        return print_json({"from": before.live, "live": after.live})
+    return click.echo(f"version {before.live} → {after.live}")
+
+
+@click.command()
+@state_argument
+@click.option("--id", "name", metavar="ID", help="The sample of this id.")
+@click.option("--user", metavar="NAME", help="Samples of this user.")
+@click.option("--all", "everything", is_flag=True, help="All samples.")
+@json_option
+def forget(folder: str, name: str | None, user: str | None, everything: bool, as_json: bool) -> None:
+    """Wipe labelled samples from a watcher's STATE folder, whether the watcher runs or not.
+
+    Adapters that were fitted to them stay: roll back, or let the watcher adapt again, which it does without them.
+    """
+    if [name is not None, user is not None, everything].count(True) != 1:
+        raise UsageError("forget must have one of --id, --user and --all")
+    request = {"command": "forget", "id": name, "user": user, "all": everything}
+    wiped: list[int] = []
+
+    def alone(journal: Journal) -> None:
+        slots = journal.replay.find(name=name, user=user)
+        journal.replay.forget(slots)
+        wiped.append(len(slots))
+
+    _do(folder, {key: value for key, value in request.items() if value}, alone)
+    if as_json:
+        return print_json({"samples": wiped[0] if wiped else None})
+    return click.echo(f"{wiped[0]:,} samples wiped" if wiped else "the watcher has wiped them")
+
+
+def _state_of(folder: str) -> State:
+    from ..watch.journal import read_state
+
+    return read_state(Path(folder))
+
+
+def _do(folder: str, request: Mapping[str, Any], alone: Callable[[Journal], None]) -> None:
+    """Ask the watcher that runs on the folder to do something, and wait; where none runs, do it here."""
+    from ..watch.journal import REQUEST, Journal, ask
+
+    if not ask(Path(folder), request):
+        journal = Journal(Path(folder), None)
+        try:
+            alone(journal)
+        finally:
+            journal.close()
+        return
+    until = time.monotonic() + ANSWER
+    while Path(folder, REQUEST).exists():
+        if time.monotonic() > until:
+            Path(folder, REQUEST).unlink(missing_ok=True)
+            raise FileError(f"the watcher on {folder} must answer within {ANSWER:g} s, but it did not: is it stuck?")
+        time.sleep(0.05)

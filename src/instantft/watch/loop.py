@@ -1,0 +1,662 @@
+"""The loop: messages in, events out. It opens no file and waits for nothing; time, disk and threads are given to it.
+
+For every sample the frozen network runs once; its record yields the prediction of the live adapter, that of the one
+before while the live one is on probation, and what the detectors look at.
+
+    drift       ADWIN on the live adapter's errors; CUSUM on how unsure it is, and on how far the taps are from those
+                of the world before. Each says which samples are of the new world.
+    adaptation  when there is a drift, or somebody asks, and enough labelled samples of the new world are there; again
+                whenever there are twice as many. Classes that the new world has not shown yet come from the old one.
+    gate        `acceptance.decide`, as in `finetune`; and no worse than the live one on trusted samples, which nothing
+                is ever fitted to.
+    probation   the first labelled samples under a new adapter are also asked of the one before; if that is better, by
+                the margin of the gate, it comes back.
+
+Samples that cannot be used are counted and skipped. Nothing grows without bound.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import lift
+from ..acceptance import decide
+from ..adapters import Adapter
+from ..backbones.builtin import Network
+from ..engine import Engine, Floats
+from ..errors import FileError, InstantFTError, UsageError
+from ..solvers.calibration import softmax
+from ..solvers.gate import SURE, Decision, gate
+from ..tuner import FineTuner
+from .detectors import Adwin, World
+from .journal import Journal, Version
+
+__all__ = ["Command", "Event", "Label", "Loop", "Message", "Sample", "Skipped", "Work"]
+
+Event = dict[str, Any]
+Work = Callable[[Callable[[], Any]], "Future[Any]"]
+"""Starts a job in the background."""
+
+Meter = Callable[[], Callable[[], float | None]]
+"""Starts to measure energy; what it returns ends that, and says how many joules it was, or None."""
+
+LABELS = 100
+"""Labelled samples of the new world that an adaptation needs."""
+
+LOOKS = (32, 64, 128, 256, 512)
+"""Labelled samples under a new adapter after which it is compared with the one before; after the last it stays."""
+
+PROMISE = 256
+"""Samples that an estimated accuracy counts for at most, before the live adapter's errors are known."""
+
+PENDING_BYTES = 64 << 20
+"""Most memory for samples whose label is still to come."""
+
+SHOWN = 10
+"""Skipped messages of one kind that are told one by one; the rest are counted."""
+
+SYNC = 5.0
+"""Seconds after which labelled samples are surely on the disk."""
+
+LISTED = 100
+"""Adaptations that the page shows: the newest."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A sample: x (N,) float32 as the network sees it."""
+
+    x: Floats
+    name: str | None = None
+    label: int | None = None
+    user: str = ""
+    trusted: bool = False
+
+
+@dataclass(frozen=True)
+class Label:
+    """The label of an earlier sample."""
+
+    name: str
+    label: int
+    trusted: bool = False
+
+
+@dataclass(frozen=True)
+class Command:
+    """adapt, rollback or forget, with arguments."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A message that could not be used: of what kind, and in words."""
+
+    kind: str
+    why: str
+
+
+Message = Sample | Label | Command | Skipped
+
+
+@dataclass(frozen=True, eq=False)
+class _Pending:
+    """A sample whose label is still to come, and what was predicted of it."""
+
+    number: int
+    sample: Sample
+    version: int
+    predicted: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Outcome:
+    """What an adaptation found; trusted: how many trusted samples, and the decision by them for the old adapter."""
+
+    adapter: Adapter
+    decision: Decision
+    trusted: Decision | None
+    seconds: dict[str, float]
+    joules: float | None
+    samples: int
+
+
+class Trace:
+    """A course of values in bounded memory: means over blocks, which grow as it gets longer."""
+
+    MOST = 400
+
+    def __init__(self, block: int = 25) -> None:
+        self._block, self._sum, self._n, self._seen = block, 0.0, 0, 0
+        self.points: list[tuple[int, float]] = []
+
+    def add(self, value: float) -> None:
+        """The next value."""
+        self._sum, self._n, self._seen = self._sum + value, self._n + 1, self._seen + 1
+        if self._n == self._block:
+            self.points.append((self._seen, self._sum / self._n))
+            self._sum, self._n = 0.0, 0
+        if len(self.points) >= self.MOST:
+            pairs = zip(self.points[::2], self.points[1::2], strict=True)
+            self.points = [(b[0], (a[1] + b[1]) / 2) for a, b in pairs]
+            self._block *= 2
+
+
+class Loop:
+    """The state of a watcher.
+
+    Args:
+        base: the network.
+        engine: bound to it.
+        journal: its state folder.
+        work: starts an adaptation in the background.
+        method, cache, seed: as for `FineTuner`; a method that leaves the network as it is.
+        labels: labelled samples of the new world that the first adaptation needs.
+        pending: samples that wait for their label at most.
+        allow_missing: whether to adapt though no sample of some class was ever seen.
+        clock: seconds since 1970.
+        meter: measures energy.
+
+    Raises:
+        UsageError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        base: Network,
+        engine: Engine,
+        journal: Journal,
+        work: Work,
+        *,
+        method: str = "auto",
+        cache: str | None = None,
+        seed: int = 0,
+        labels: int = LABELS,
+        pending: int = 4096,
+        allow_missing: bool = False,
+        clock: Callable[[], float] = time.time,
+        meter: Meter = lambda: lambda: None,
+    ) -> None:
+        if not 2 <= labels <= journal.replay.capacity or pending < 1:
+            raise UsageError(
+                f"labels must be 2 to the samples kept, {journal.replay.capacity}, and pending at least 1, "
+                f"not {labels} and {pending}"
+            )
+        self._tuner = FineTuner(base, method=method, cache=cache, seed=seed, engine=engine)
+        row = self._tuner.row(labels)
+        if not row.rows_only:
+            raise UsageError(f"a watcher's method must leave the network as it is, not train its weights: {row.name}")
+        self._base, self._engine, self._journal, self._work = base, engine, journal, work
+        self._labels, self._allow_missing, self._clock, self._meter = labels, allow_missing, clock, meter
+        self._most_pending = max(1, min(pending, PENDING_BYTES // (4 * base.spec.geometry[0].N)))
+        self._pending: OrderedDict[str, _Pending] = OrderedDict()
+        self._events: list[Event] = []
+        self._job: Future[_Outcome] | None = None
+        self._stale = self._full = False
+        self._waiting = ""
+        self.counts: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()
+        self.accuracy, self.drift = Trace(), Trace()
+        self.adaptations: list[Event] = []
+        self._world = World()
+        self._began = self._synced = clock()
+        self._number = max(int(journal.replay.number.max(initial=0)), journal.state.since)
+        self._fresh = self._fresh_since(journal.state.since)
+        self._next = labels
+        while self._next <= self._fresh // 2:
+            self._next *= 2
+        self._take_live()
+        self._notes()
+
+    # -- what is asked of it ------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether an adaptation is going on."""
+        return self._job is not None
+
+    def feed(self, messages: Iterable[Message]) -> list[Event]:
+        """Take messages in order; returns what came of them."""
+        run: list[Sample] = []
+        for message in messages:
+            if isinstance(message, Sample):
+                run.append(message)
+                continue
+            self._take_samples(run)
+            run = []
+            if isinstance(message, Label):
+                self._take_label(message)
+            elif isinstance(message, Command):
+                self._obey(message)
+            else:
+                self.skip(message.kind, message.why)
+        self._take_samples(run)
+        return self._told()
+
+    def poll(self) -> list[Event]:
+        """See whether an adaptation has ended, and whatever else is due."""
+        if self._job is not None and self._job.done():
+            job, self._job = self._job, None
+            self._finish(job)
+            self._consider()
+        if self._clock() - self._synced >= SYNC:
+            self._synced = self._clock()
+            self._try(self._journal.replay.sync)
+        self._notes()
+        return self._told()
+
+    def summary(self) -> dict[str, Any]:
+        """What is going on, in JSON values."""
+        state, replay = self._journal.state, self._journal.replay
+        return {
+            "base": self._base.hash,
+            "live": state.live,
+            "busy": self.busy,
+            "wanted": state.wanted,
+            "waiting": self._waiting,
+            "seconds": self._clock() - self._began,
+            "samples": self.counts["samples"],
+            "labels": self.counts["labels"],
+            "right": self.counts["right"],
+            "skipped": dict(self.skipped),
+            "pending": len(self._pending),
+            "drifts": self.counts["drifts"],
+            "adaptations": self.counts["adaptations"],
+            "switches": self.counts["switches"],
+            "rollbacks": self.counts["rollbacks"],
+            "errors": self.counts["errors"],
+            "drift_score": self._score(),
+            "recent_accuracy": 1 - self._errors.mean if self._own else None,
+            "accuracy": list(self.accuracy.points),
+            "drift": list(self.drift.points),
+            "kept": len(replay),
+            "capacity": replay.capacity,
+            "sample_bytes": replay.nbytes,
+            "adapter_bytes": sum(v.size for v in state.versions.values()),
+            "joules": sum(a["joules"] or 0.0 for a in self.adaptations),
+            "listed": self.adaptations[-20:],
+            "versions": [
+                {
+                    "version": v.number,
+                    "parent": v.parent,
+                    "made": v.made,
+                    "samples": v.samples,
+                    "before": v.before,
+                    "after": v.after,
+                    "seconds": v.seconds,
+                    "joules": v.joules,
+                    "bytes": v.size,
+                }
+                for v in state.versions.values()
+            ],
+        }
+
+    def skip(self, kind: str, why: str) -> None:
+        """Count a message that cannot be used."""
+        self.skipped[kind] += 1
+        if self.skipped[kind] <= SHOWN:
+            last = "; more of this kind are only counted" if self.skipped[kind] == SHOWN else ""
+            self._tell("skipped", kind=kind, why=why[:200] + last)
+
+    # -- samples and labels -------------------------------------------------------------------------------------------
+
+    def _take_samples(self, run: Sequence[Sample]) -> None:
+        if not run:
+            return
+        x = np.stack([sample.x for sample in run])
+        taps, c = self._taps(x)
+        p = softmax(lift.from_taps(self._base.spec, self._tensors, taps, c).astype(np.float64))
+        rival = None if self._rival is None else lift.from_taps(self._base.spec, self._rival, taps, c).argmax(axis=1)
+        predicted, confidence, version = p.argmax(axis=1), p.max(axis=1), self._journal.state.live
+        if not np.isfinite(p).all():
+            good = np.flatnonzero(np.isfinite(p).all(axis=1)).tolist()
+            for _ in range(len(run) - len(good)):
+                self.skip("not finite", "the network's output for a sample must be finite, but is NaN or Inf")
+            return self._take_samples([run[i] for i in good])
+        for i, sample in enumerate(run):
+            self._number += 1
+            self.counts["samples"] += 1
+            name = str(self._number) if sample.name is None else sample.name
+            guess = int(predicted[i])
+            self._tell("prediction", id=name, label=guess, confidence=round(float(confidence[i]), 4), version=version)
+            self._look(1 - float(confidence[i]), [tap[i : i + 1] for tap in taps])
+            seen = _Pending(self._number, replace(sample, name=name), version, guess)
+            if sample.label is not None:
+                self._labelled(seen, sample.label, sample.trusted, None if rival is None else int(rival[i]))
+            else:
+                self._pending.pop(name, None)
+                self._pending[name] = seen
+                if len(self._pending) > self._most_pending:
+                    self._pending.popitem(last=False)
+                    self.counts["never labelled"] += 1
+        return None
+
+    def _take_label(self, message: Label) -> None:
+        seen = self._pending.pop(message.name, None)
+        if seen is None:
+            return self.skip("unknown id", "a label must be of a sample that still waits for one")
+        return self._labelled(seen, message.label, message.trusted)
+
+    def _labelled(self, seen: _Pending, label: int, trusted: bool, rival: int | None = None) -> None:
+        """What follows from knowing a sample's label; `rival`: what the version before said of it, if it was asked."""
+        sample, live = seen.sample, self._journal.state.live
+        self.counts["labels"] += 1
+        self.counts["right"] += seen.predicted == label
+        self.accuracy.add(float(seen.predicted == label))
+        self.drift.add(min(self._score(), 10.0))
+        guess = seen.predicted if seen.version == live else self._predict(self._tensors, sample.x)
+        name = sample.name or ""
+        if self._try(
+            lambda: self._journal.replay.add(
+                seen.number, self._clock(), sample.x, label, name=name, user=sample.user, trusted=trusted
+            )
+        ):
+            self._fresh += seen.number >= self._journal.state.since and not trusted
+        self._own += 1
+        if self._errors.add(float(guess != label)):
+            numbers = np.sort(self._journal.replay.number)
+            since = int(numbers[-min(len(self._errors), len(numbers))])
+            self._drifted("errors", max(since, 1))
+        if self._rival is not None:
+            fresh = rival is None or seen.version != live
+            self._compare(guess == label, (self._predict(self._rival, sample.x) if fresh else rival) == label)
+        self._consider()
+
+    def _predict(self, tensors: Mapping[str, Floats], x: Floats) -> int:
+        taps, c = self._taps(x[None])
+        return int(lift.from_taps(self._base.spec, tensors, taps, c).argmax(axis=1)[0])
+
+    def _taps(self, x: Floats) -> tuple[list[Floats], Floats]:
+        """x^0 … x^{L-1}, and the frozen output."""
+        spec = self._base.spec
+        return lift.taps_of(spec, x, self._engine.records(spec, self._base.tensors, x))
+
+    # -- drift --------------------------------------------------------------------------------------------------------
+
+    def _look(self, doubt: float, taps: list[Floats]) -> None:
+        """What can be seen of a sample without its label."""
+        by = self._world.add(doubt, taps)
+        if by is not None:
+            begun = self._world.begun
+            self._drifted(by, self._number - begun + 1)
+            self._world = World()
+
+    def _score(self) -> float:
+        """How near a drift is: 1 is one."""
+        return max(self._errors.score, self._world.score)
+
+    def _drifted(self, by: str, since: int) -> None:
+        self.counts["drifts"] += 1
+        score, self._next, self._full = self._score(), self._labels, False
+        self._begin(since, wanted=True)
+        self._tell("drift", by=by, since=since, score=round(score, 3), labels=self._fresh, needed=self._next)
+
+    def _begin(self, since: int, wanted: bool) -> None:
+        """From now on the world began with sample `since`."""
+        self._waiting = ""
+        self._try(lambda: self._journal.note(since, wanted))
+        self._fresh = self._fresh_since(since)
+
+    def _fresh_since(self, since: int) -> int:
+        replay = self._journal.replay
+        return int(np.count_nonzero((replay.number >= max(since, 1)) & ~replay.trusted))
+
+    # -- adaptation ---------------------------------------------------------------------------------------------------
+
+    def _consider(self) -> None:
+        """Start an adaptation if there is reason to, and enough to go by."""
+        state = self._journal.state
+        if not state.wanted or self._job is not None or self._fresh < self._next:
+            return
+        slots, missing = self._chosen(state.since)
+        if missing and not self._allow_missing:
+            named = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
+            waiting = f"no sample of class {named} was ever seen, and without one it would be forgotten"
+            if waiting != self._waiting:
+                self._tell("waiting", why=waiting)
+            self._waiting = waiting
+            return
+        self._waiting = ""
+        x, good = self._journal.replay.rows(slots)
+        if len(good) < 2:
+            return
+        y = self._journal.replay.label[good].copy()
+        trusted = np.flatnonzero((self._journal.replay.number >= max(state.since, 1)) & self._journal.replay.trusted)
+        x_trusted, trusted = self._journal.replay.rows(trusted)
+        y_trusted = self._journal.replay.label[trusted].copy()
+        old = self._journal.live
+        self._stale, self._full = False, self._fresh >= self._journal.replay.capacity
+        self._next = 2 * max(self._fresh, self._labels)
+        self.counts["adaptations"] += 1
+        self._tell("adapting", samples=len(y), version=state.live)
+        self._job = self._work(lambda: self._adapt(x, y, old, x_trusted, y_trusted))
+
+    def _chosen(self, since: int) -> tuple[NDArray[np.intp], list[int]]:
+        """Slots of the samples to fit, oldest first, and classes of which there is none.
+
+        Those of the new world; and of each class that it has hardly shown, the newest of the old one.
+        """
+        replay, C = self._journal.replay, self._base.spec.C
+        usable = (replay.number > 0) & ~replay.trusted
+        new = usable & (replay.number >= since)
+        counts = np.bincount(replay.label[new], minlength=C)
+        few = max(2, int(counts.sum()) // (4 * C))
+        chosen, missing = [np.flatnonzero(new)], []
+        for label in np.flatnonzero(counts < few):
+            older = np.flatnonzero(usable & ~new & (replay.label == label))
+            older = older[np.argsort(replay.number[older])][-(few - int(counts[label])) :]
+            chosen.append(older)
+            if counts[label] == 0 and not len(older):
+                missing.append(int(label))
+        slots = np.concatenate(chosen)
+        return slots[np.argsort(replay.number[slots])], missing
+
+    def _adapt(
+        self, x: Floats, y: NDArray[np.int32], old: Adapter | None, x_trusted: Floats, y_trusted: NDArray[np.int32]
+    ) -> _Outcome:
+        """In the background: fit, and ask the gate."""
+        stop, began = self._meter(), time.perf_counter()
+        tuner = FineTuner(**self._tuner.get_params())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of few samples and missing classes: events say so
+            tuner.fit_prepared(x, y)
+        fitted = time.perf_counter()
+        decision = decide(tuner, x, old)
+        adapter = tuner.adapter
+        trusted = None
+        if len(x_trusted):
+            taps, c = self._taps(x_trusted)
+            right = []
+            for tensors in ({} if old is None else old.tensors, adapter.tensors):
+                right.append(lift.from_taps(self._base.spec, tensors, taps, c).argmax(axis=1) == y_trusted)
+            trusted = gate(right[1], right[0])  # is the old one surely better?
+        ended = time.perf_counter()
+        seconds = {
+            "fill": tuner.result_.seconds.fill,
+            "train": tuner.result_.seconds.train,
+            "gate": ended - fitted,
+            "total": ended - began,
+        }
+        return _Outcome(adapter, decision, trusted, seconds, stop(), len(y))
+
+    def _finish(self, job: Future[_Outcome]) -> None:
+        """An adaptation has ended."""
+        state = self._journal.state
+        if self._full and not self._stale:
+            self._try(lambda: self._journal.note(state.since, False))  # more of the same would be no news
+        try:
+            found = job.result()
+        except (InstantFTError, MemoryError, ArithmeticError, ValueError) as e:
+            self.counts["errors"] += 1
+            return self._tell("error", why=f"the adaptation failed, version {state.live} stays: {e}")
+        d = found.decision
+        entry: Event = {
+            "samples": found.samples,
+            "estimate": {"before": d.before, "after": d.after, "interval": list(d.interval), "samples": d.n},
+            "seconds": found.seconds,
+            "joules": found.joules,
+        }
+        why = self._verdict(found)
+        accepted = d.accepted and not self._stale and not (found.trusted is not None and found.trusted.accepted)
+        if accepted:
+            made = Version(
+                0, 0, self._clock(), found.samples, d.before, d.after, *d.interval, d.n,
+                found.seconds["total"], found.joules, 0,
+            )  # fmt: skip
+            said = {"accuracy": d.after, "samples": d.n}
+            config = {**found.adapter.config, **self._preprocessing(), "estimate": said}
+            accepted = self._try(lambda: self._journal.commit(replace(found.adapter, config=config), made, why))
+            why = why if accepted else "the new adapter could not be written"
+        state = self._journal.state
+        entry |= {"accepted": accepted, "version": state.live, "why": why}
+        self._list({"time": self._clock(), **entry})
+        if not accepted:
+            return self._tell("kept", **entry)
+        self.counts["switches"] += 1
+        self._take_live()
+        return self._tell("adapted", **entry)
+
+    def _verdict(self, found: _Outcome) -> str:
+        d, t = found.decision, found.trusted
+        low, high = (f"{100 * end:+.1f}" for end in d.interval)
+        by = f"{d.before:.1%} → {d.after:.1%} on {d.n} samples left out, the difference {low} to {high} points (95 %)"
+        if self._stale:
+            return "the samples or the live version changed while it was fitted"
+        if not d.accepted:
+            return f"the new adapter is not better by {SURE} standard errors: {by}"
+        if t is not None and t.accepted:
+            return f"trusted samples say that the old one is better: {t.after:.1%} against {t.before:.1%} of {t.n}"
+        return f"the new adapter is better by {SURE} standard errors: {by}"
+
+    def _preprocessing(self) -> dict[str, Any]:
+        state = self._journal.state
+        if (state.mean, state.std) == (self._base.mean, self._base.std):
+            return {}
+        return {"mean": list(state.mean), "std": list(state.std)}
+
+    def _list(self, entry: Event) -> None:
+        self.adaptations.append(entry)
+        del self.adaptations[:-LISTED]
+
+    # -- the live version ---------------------------------------------------------------------------------------------
+
+    def _take_live(self) -> None:
+        """Go on with the journal's live version: its errors are unknown yet, and it is on probation."""
+        state, live = self._journal.state, self._journal.live
+        self._tensors: Mapping[str, Floats] = {} if live is None else live.tensors
+        self._errors, self._own = Adwin(), 0
+        self._world = World()
+        self._rival: Mapping[str, Floats] | None = None
+        self._versus: list[tuple[bool, bool]] = []
+        version = state.versions.get(state.live)
+        if version is None:
+            return
+        if version.judged:
+            self._errors.expect(1 - version.after, min(version.judged, PROMISE))
+        try:
+            parent = self._journal.adapter(version.parent)
+            self._rival = {} if parent is None else parent.tensors
+        except FileError:
+            pass  # it is not kept any more: nothing to go back to
+
+    def _compare(self, new_right: bool, old_right: bool) -> None:
+        """The live version against the one before."""
+        self._versus.append((new_right, old_right))
+        if len(self._versus) not in LOOKS:
+            return
+        new, old = np.array(self._versus).T
+        found = gate(new, old)
+        if found.accepted:
+            by = f"{found.before:.1%} against {found.after:.1%} on the {found.n} labelled samples since"
+            self._roll_back(f"the version before is better by {SURE} standard errors: {by}")
+        elif len(self._versus) == LOOKS[-1]:
+            self._rival, self._versus = None, []
+            self._tell("confirmed", version=self._journal.state.live, accuracy=found.before, before=found.after)
+
+    def _roll_back(self, why: str, to: int | None = None) -> bool:
+        old = self._journal.state.live
+        if not self._try(lambda: self._journal.roll_back(self._clock(), why, to)):
+            return False
+        self.counts["rollbacks"] += 1
+        self.counts["switches"] += 1
+        self._stale, self._next = True, self._labels
+        self._take_live()
+        self._rival = None  # whoever went back does not want to be sent forward
+        self._begin(self._number + 1, wanted=False)
+        self._tell("rolled back", old=old, version=self._journal.state.live, why=why)
+        return True
+
+    # -- commands -----------------------------------------------------------------------------------------------------
+
+    def _obey(self, command: Command) -> None:
+        given = command.arguments
+        if command.name == "adapt":
+            self._next = 2
+            self._begin(self._journal.state.since, wanted=True)
+            self._tell("asked", what="adapt", labels=self._fresh)
+            return self._consider()
+        if command.name == "rollback":
+            to = given.get("to")
+            if to is not None and type(to) is not int:
+                return self.skip("command", "a version to go back to must be a whole number")
+            self._roll_back("somebody asked for it", to)
+            return None
+        if command.name == "forget":
+            return self._forget(given)
+        return self.skip("command", f"a command must be adapt, rollback or forget, not {command.name[:40]!r}")
+
+    def _forget(self, given: Mapping[str, Any]) -> None:
+        name, user = given.get("id"), given.get("user")
+        if (isinstance(name, str) or isinstance(user, str)) == (given.get("all") is True):
+            return self.skip("command", "what is forgotten must be an id, a user, or all")
+        replay = self._journal.replay
+        slots = replay.find(name=name if isinstance(name, str) else None, user=user if isinstance(user, str) else None)
+        gone = [
+            key
+            for key, p in self._pending.items()
+            if (name is None or key == name) and (user is None or p.sample.user == user)
+        ]
+        for key in gone:
+            del self._pending[key]
+        self._world.forget()
+        if not self._try(lambda: replay.forget(slots)):
+            return None
+        self._stale = True
+        self._fresh = self._fresh_since(self._journal.state.since)
+        return self._tell("forgot", samples=len(slots), waiting=len(gone))
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _try(self, action: Callable[[], object]) -> bool:
+        """Do what may fail without harm: then an event says so, and everything stays as it was."""
+        try:
+            action()
+        except InstantFTError as e:
+            self.counts["errors"] += 1
+            if self.counts["errors"] <= SHOWN or self.counts["errors"] % 1000 == 0:
+                self._tell("error", why=str(e))
+            return False
+        return True
+
+    def _notes(self) -> None:
+        for note in self._journal.notes:
+            self._tell("recovered", why=note)
+        self._journal.notes.clear()
+
+    def _tell(self, event: str, **what: Any) -> None:
+        self._events.append({"event": event, "time": round(self._clock(), 3), **what})
+
+    def _told(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events

@@ -1,0 +1,215 @@
+"""The command line of the watcher, run as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instantft.cli import run
+from instantft.watch.journal import read_state
+
+from .watched import trained, world
+
+
+@pytest.fixture(scope="module")
+def base_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "base.safetensors"
+    trained().save(path)
+    return path
+
+
+def lines(kind: int, T: int, seed: int = 0, user: str = "anna") -> bytes:
+    x, y = world(kind, T, seed)
+    return b"".join(
+        json.dumps({"x": row.tolist(), "label": int(label), "user": user, "id": f"{seed}:{i}"}).encode() + b"\n"
+        for i, (row, label) in enumerate(zip(x, y, strict=True))
+    )
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "instantft", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
+
+
+class Watcher:
+    """A watcher that runs."""
+
+    def __init__(self, base: Path, state: Path, *more: object) -> None:
+        self.process = subprocess.Popen(
+            command("watch", base, "--state", state, "--labels", 60, "--keep", 300, *more),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(),
+        )
+        self.events: list[dict[str, Any]] = []
+
+    def send(self, data: bytes) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(data)
+        self.process.stdin.flush()
+
+    def until(self, name: str, seconds: float = 60) -> dict[str, Any]:
+        """The next event of this name."""
+        assert self.process.stdout is not None
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            line = self.process.stdout.readline()
+            assert line, self.process.stderr and self.process.stderr.read()
+            self.events.append(json.loads(line))
+            if self.events[-1]["event"] == name:
+                return self.events[-1]
+        raise AssertionError(f"no {name} in {seconds} s")
+
+    def close(self) -> int:
+        out, _ = self.process.communicate(timeout=60)
+        self.events += [json.loads(line) for line in out.splitlines()]
+        return self.process.returncode
+
+
+@pytest.fixture
+def watcher(base_file: Path, tmp_path: Path) -> Iterator[Watcher]:
+    found = Watcher(base_file, tmp_path / "state")
+    yield found
+    if found.process.poll() is None:
+        found.process.kill()
+        found.process.communicate()
+
+
+def test_from_samples_to_history(watcher: Watcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    watcher.send(lines(0, 200) + b"garbage\n" + lines(1, 300, seed=1))
+    assert watcher.close() == 0
+    by = {e["event"] for e in watcher.events}
+    assert {"prediction", "skipped", "drift", "adapting", "adapted", "status"} <= by
+    last = watcher.events[-1]
+    assert last["event"] == "status"
+    assert (last["samples"], last["skipped"]) == (500, {"not JSON": 1})
+    state = str(tmp_path / "state")
+    live = read_state(Path(state)).live
+    assert live == last["live"] >= 1
+
+    assert run(["history", state]) == 0
+    shown = capsys.readouterr().out
+    assert f"{live}*" in shown
+    assert "standard errors" in shown
+    assert run(["history", state, "--json"]) == 0
+    held = json.loads(capsys.readouterr().out)
+    assert held["live"] == live
+    assert len(held["versions"]) == live
+
+    assert run(["rollback", state, "--to", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"from": live, "live": 0}
+    assert run(["rollback", state]) == 2
+    assert "frozen network is in use" in capsys.readouterr().err
+    assert run(["rollback", state, "--to", str(live)]) == 0
+    assert read_state(Path(state)).live == live
+
+    x, _ = world(1, 300, seed=1)
+    capsys.readouterr()
+    assert run(["forget", state, "--id", "1:299"]) == 0
+    assert "1 samples wiped" in capsys.readouterr().out
+    assert x[299].tobytes() not in Path(state, "samples.bin").read_bytes()
+    assert x[298].tobytes() in Path(state, "samples.bin").read_bytes()
+    assert run(["forget", state, "--user", "anna"]) == 0
+    assert not any(Path(state, "samples.bin").read_bytes()[4096:])
+
+
+def test_commands_reach_a_watcher_that_runs(
+    watcher: Watcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watcher.send(lines(1, 100) + b'{"command": "adapt"}\n')
+    watcher.until("adapted")
+    state = tmp_path / "state"
+    assert run(["rollback", str(state)]) == 0
+    assert read_state(state).live == 0
+    watcher.until("rolled back")
+    assert run(["rollback", str(state), "--to", "7"]) == 2
+    assert "it did not" in capsys.readouterr().err
+    assert run(["forget", str(state), "--all"]) == 0
+    assert watcher.until("forgot")["samples"] == 100
+    assert not any((state / "samples.bin").read_bytes()[4096:])
+    watcher.send(lines(0, 1, seed=4))
+    assert watcher.until("prediction")["version"] == 0
+    watcher.process.send_signal(signal.SIGTERM)
+    assert watcher.close() == 0
+
+
+def test_it_goes_on_after_it_was_killed(base_file: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    first = Watcher(base_file, state)
+    first.send(lines(1, 100) + b'{"command": "adapt"}\n')
+    first.until("adapted")
+    first.process.kill()
+    first.process.communicate()
+    second = Watcher(base_file, state)
+    second.send(lines(1, 100, seed=2))
+    assert second.close() == 0
+    shown = [e for e in second.events if e["event"] == "prediction"]
+    assert {e["version"] for e in shown} == {1}
+    _, y = world(1, 100, seed=2)
+    assert np.mean([e["label"] == label for e, label in zip(shown, y.tolist(), strict=True)]) > 0.9
+    assert not [e for e in second.events if e["event"] in ("recovered", "error")]
+    assert second.events[-1]["kept"] == 200
+
+
+def test_a_folder_and_csv(base_file: Path, tmp_path: Path) -> None:
+    x, y = world(0, 40)
+    drop = tmp_path / "drop"
+    drop.mkdir()
+    np.savez(drop / "a.npz", x=x, y=y)
+    found = Watcher(base_file, tmp_path / "a", "--from", drop)
+    while found.until("prediction")["id"] != "a.npz:39":
+        pass
+    found.process.send_signal(signal.SIGTERM)
+    assert found.close() == 0
+    assert (drop / "read" / "a.npz").exists()
+
+    found = Watcher(base_file, tmp_path / "b", "--format", "csv", "--no-predictions")
+    rows = "\n".join(",".join(map(str, [*row, label])) for row, label in zip(x.tolist(), y.tolist(), strict=True))
+    found.send(f"1,2,3,4,5,6,label\n{rows}\n".encode())
+    assert found.close() == 0
+    assert [e["event"] for e in found.events] == ["status"]
+    assert found.events[0]["labels"] == 40
+    assert found.events[0]["right"] > 35
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--from", "nowhere"], "--from must be"),
+        (["--format", "xml"], "--format must be json or csv"),
+        (["--labels", "1"], "labels must be 2"),
+        (["--keep", "0"], "keep must be at least 1"),
+        (["--status", "0"], "--status must be above 0"),
+        (["--method", "ft-all"], "leave the network as it is"),
+    ],
+)
+def test_wrong_usage_is_told_in_a_line(
+    base_file: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["watch", str(base_file), "--state", str(tmp_path / "s"), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_other_commands_want_a_state_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["history", str(tmp_path)], ["rollback", str(tmp_path)], ["forget", str(tmp_path), "--all"]):
+        assert run(arguments) == 2
+        assert "readable journal" in capsys.readouterr().err
+    assert run(["forget", str(tmp_path)]) == 2
+    assert "one of --id, --user and --all" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
