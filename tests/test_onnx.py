@@ -290,6 +290,39 @@ def test_an_adapted_model_can_be_adapted_again(tmp_path: Path) -> None:
     close(run(tmp_path / "twice.onnx", x), twice.decision_function(x))
 
 
+def test_adapters_are_switched_without_reloading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = from_onnx(gemm(tmp_path))
+    x = np.random.default_rng(0).random((60, 3, 8, 8), np.float32)
+    x[:, 0] += (np.arange(60) % 5)[:, None, None]
+    a, b = (FineTuner(base).fit(x, (np.arange(60) + i) % 5) for i in (0, 1))
+    said = [t.decision_function(x) for t in (a, b)]
+    assert np.abs(said[0] - said[1]).max() > 0.1
+    monkeypatch.setattr(onnx_backbone, "_open", None)  # no session is made any more
+    one = FineTuner(base)
+    for i in (1, 0, 1):
+        np.testing.assert_array_equal(one.use((a, b)[i].adapter_).decision_function(x), said[i])
+
+
+def test_places_of_features_last_are_averaged(tmp_path: Path) -> None:
+    """As in ConvNeXt, whose linear maps work on (height, width, channels)."""
+    nodes, constants, _ = HEADS["gemm"]
+    last = [
+        N("Transpose", ["b"], ["l"], perm=[0, 2, 3, 1]),
+        N("MatMul", ["l", "w5"], ["m"]),
+        N("Transpose", ["m"], ["f"], perm=[0, 3, 1, 2]),
+    ]
+    path = model(tmp_path, [*BODY[:2], *last, *nodes], {**CONSTANTS, **constants, "w5": weights(4, 4)})
+    x = np.random.default_rng(0).random((40, 3, 8, 8), np.float32)
+    base = from_onnx(path, "l@3,h")
+    whole = from_onnx(path, "l,h").records(x.reshape(40, -1))[:, :256].reshape(40, 8, 8, 4)
+    cuts = [(0, 3), (2, 6), (5, 8)]
+    wanted: Array = np.array([[whole[:, i:j, k:m].mean(axis=(1, 2)) for k, m in cuts] for i, j in cuts])
+    close(base.records(x.reshape(40, -1))[:, :36], wanted.transpose(2, 0, 1, 3).reshape(40, 36))
+    tuner = FineTuner(base).fit(x, np.arange(40) % 5)
+    export_onnx(base, tuner.adapter, tmp_path / "out.onnx")
+    close(run(tmp_path / "out.onnx", x), tuner.decision_function(x))
+
+
 def test_channels_last(tmp_path: Path) -> None:
     nodes, constants, _ = HEADS["gemm"]
     first = [N("Transpose", ["x"], ["t"], perm=[0, 3, 1, 2]), N("Conv", ["t", "w1"], ["a"], pads=[1, 1, 1, 1])]

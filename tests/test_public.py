@@ -27,6 +27,7 @@ SURFACE = {
     "dnn",
     "embeddings",
     "from_onnx",
+    "from_torch",
     "lenet5",
     "load",
 }
@@ -46,6 +47,8 @@ def test_surface() -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_keeps_its_promise(name: str) -> None:
+    if name == "instantft.backbones.torch_modules":
+        pytest.importorskip("torch", reason="PyTorch is an extra: pip install 'instantft[torch]'")
     module = importlib.import_module(name)
     assert module.__doc__, f"{name} must say what it is for"
     for public in getattr(module, "__all__", []):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .adapters import Adapter
     from .backbones.builtin import Network, embeddings
     from .backbones.onnx import from_onnx
+    from .backbones.torch import from_torch
     from .tuner import FineTuner, load
 
     __version__: str
@@ -43,6 +44,7 @@ __all__ = [
     "dnn",
     "embeddings",
     "from_onnx",
+    "from_torch",
     "lenet5",
     "load",
 ]
@@ -53,6 +55,7 @@ _LATER = {
     "Network": "backbones.builtin",
     "embeddings": "backbones.builtin",
     "from_onnx": "backbones.onnx",
+    "from_torch": "backbones.torch",
     "load": "tuner",
 }
 

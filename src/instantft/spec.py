@@ -4,8 +4,8 @@ A network is a row of L layers. Each layer is a linear map (``fc`` or ``conv``, 
 asked for and in this order, batch norm, ReLU, and max pooling with a square window as wide as its stride. Where an
 ``fc`` follows a ``conv`` the feature map is flattened (channel, row, column). The last layer is a bare ``fc``.
 
-A network that somebody else runs (backbones/onnx.py) is a row of ``foreign`` layers, each of which stands for whatever
-lies between two of its taps. They have no tensors here.
+A network that somebody else runs (backbones/foreign.py) is a row of ``foreign`` layers, each of which stands for
+whatever lies between two of its taps. They have no tensors here.
 
 Letters, as in the papers: L layers, N and M input and output width of a layer, C outputs, x^k the input of layer k
 (counted from 0), x^L the output before softmax.
@@ -127,6 +127,8 @@ class NetSpec:
         input_shape: (N,) or (channels, height, width).
         layers: the L layers, first to last.
         input_tap: whether x^0 is a tap; False only for foreign networks, whose input may be far wider than any tap.
+        positions: P, how many places of a sample a foreign network scores one by one, each with a record of its own; a
+            row of the input then ends in the number of the place.
 
     Raises:
         UsageError: the layers do not fit together.
@@ -135,11 +137,14 @@ class NetSpec:
     input_shape: tuple[int, ...]
     layers: tuple[LayerSpec, ...]
     input_tap: bool = True
+    positions: int = 1
 
     def __post_init__(self) -> None:
         _ = self.geometry  # resolves every shape once, and so refuses what does not fit
         if self.own and not self.input_tap:
             raise UsageError("x^0 must be a tap of networks of our own")
+        if self.positions != 1 and (self.own or self.input_tap or not 1 < self.positions <= MAX_WIDTH):
+            raise UsageError(f"a network must score samples, or positions without x^0, not {self.positions} of them")
 
     @property
     def L(self) -> int:
@@ -163,9 +168,7 @@ class NetSpec:
             UsageError: it is foreign.
         """
         if not self.own:
-            raise UsageError(
-                "a foreign network must be run by an engine of its own: OnnxNetwork.bind(engine) makes one"
-            )
+            raise UsageError("a foreign network must be run by an engine of its own: its bind(engine) makes one")
 
     @property
     def first_tap(self) -> int:
@@ -222,6 +225,7 @@ class NetSpec:
             return {
                 "input_shape": list(self.input_shape),
                 "input_tap": self.input_tap,
+                **({"positions": self.positions} if self.positions > 1 else {}),
                 "layers": [{"kind": y.kind, "out": y.out, "relu": y.relu, "name": y.name} for y in self.layers],
             }
         return {
@@ -263,12 +267,13 @@ class NetSpec:
                 for y in d["layers"]
             )
             shape = tuple(_integer(n) for n in d["input_shape"])
+            positions = _integer(d.get("positions", 1))
         except (KeyError, TypeError, IndexError, ValueError) as e:
             raise UsageError(
                 f"a network description must list input_shape and layers with all their fields, "
                 f"but reading it failed at {e!r}"
             ) from None
-        return cls(shape, layers, bool(d.get("input_tap", True)))
+        return cls(shape, layers, bool(d.get("input_tap", True)), positions)
 
 
 def _integer(value: Any) -> int:

@@ -77,6 +77,9 @@ CHOICES = {"ridge": "skip-ridge", "sgd": "skip2-lora"}
 """What `auto` picks for each solver."""
 
 
+PICKLED = (".pt", ".pth", ".pt2", ".bin", ".ckpt", ".pkl")
+"""Files in which PyTorch modules are kept; loading them unpickles, of archives of torch.export (.pt2) too."""
+
 MAX_NUMBER = 2**63 - 2
 """Largest sample number, so that the number after it is still an int64."""
 
@@ -92,12 +95,17 @@ def load(path: str | PathLike[str], taps: str | None = None, adapter: Adapter | 
 
     Raises:
         FileError: missing, truncated, damaged, or with a wrong hash.
-        UsageError: taps are given for a network of ours, which has its own.
+        UsageError: it is a file of PyTorch's; or taps are given for a network of ours, which has its own.
     """
     if Path(path).suffix.lower() == ".onnx":
         from .backbones.onnx import from_onnx
 
         return from_onnx(path, taps, like=None if adapter is None or adapter.spec.own else adapter.spec)
+    if Path(path).suffix.lower() in PICKLED:
+        raise UsageError(
+            f"a PyTorch module must be given to from_torch in Python, or be exported to ONNX, not loaded from {path}: "
+            "such files are pickles, which can run any code"
+        )
     if taps is not None:
         raise UsageError(f"taps must be given for ONNX models only, not for {path}")
     network = Network.load(path)
@@ -430,7 +438,7 @@ class FineTuner:
         """
         adapter = self._plain()
         adapter.check_base(self.base)
-        rows, _ = as_samples(x, self.base.spec, self.base.mean, self.base.std)
+        rows, _ = as_samples(self.base.pack(x), self.base.spec, self.base.mean, self.base.std)
         tensors = {**self.base.tensors, **adapter.tensors}
         return forward(self._engine(), self.base.spec, tensors, rows, self.threads)
 
@@ -661,7 +669,7 @@ class FineTuner:
         return self.base.bind(get_engine(self.engine) if named else self.engine)  # type: ignore[arg-type]
 
     def _samples(self, x: ArrayLike, y: ArrayLike) -> tuple[Floats, NDArray[Any]]:
-        rows, _ = as_samples(x, self.base.spec, self.base.mean, self.base.std)
+        rows, _ = as_samples(self.base.pack(x), self.base.spec, self.base.mean, self.base.std)
         return rows, as_labels(y, len(rows), self.base.spec, task=self.task)
 
     def _targets(self, y: NDArray[Any], sample_weight: NDArray[Any] | None) -> Targets:

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .. import files
 from ..engine import Engine
@@ -112,6 +113,10 @@ class Network:
     def bind(self, engine: Engine) -> Engine:
         """The engine that runs this network: `engine` itself, for networks of our own."""
         return engine
+
+    def pack(self, x: Any) -> ArrayLike:
+        """Samples as one array; networks of our own take nothing else."""
+        return x  # type: ignore[no-any-return]
 
     def check_method(self, m: Method) -> None:
         """See that this network can be adapted by a method; those of our own can be by all.
