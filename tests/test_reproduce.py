@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,17 @@ def test_bad_options_are_refused(
 ) -> None:
     assert cli.run(["reproduce", *words, "--out", str(tmp_path / "out")]) == 2
     assert rule in capsys.readouterr().err
+
+
+def test_what_cannot_be_made_is_left_out_unless_it_is_named(one_target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needy = replace(catalogue.TARGETS["squares"], extras=(("no_such_module", "no-such-package"),))
+    monkeypatch.setitem(catalogue.TARGETS, "needy", needy)
+    out = one_target / "out"
+    made = reproduce([], out, trials=1, stage=lambda _: nullcontext(lambda _: None))
+    assert list(made.sections) == ["squares"]
+    assert "- needy: left out, no-such-package is not installed" in (out / "report.md").read_text()
+    with pytest.raises(UsageError, match="reproduce needs no-such-package, which is not installed"):
+        reproduce(["needy"], out, stage=lambda _: nullcontext(lambda _: None))
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from .. import files
 from ..data.protocols import set_folder
 from ..errors import UsageError
-from . import counting, features, images, sensors, timing
+from . import counting, features, images, sensors, timing, tinytl
 from .core import Section, Settings, Store, Target, Trial, Where, extra, run_trials
 from .report import Entry, write_report
 
@@ -20,6 +21,7 @@ TARGETS: dict[str, Target] = {
     "skip2-table2": timing.TABLE_2,
     "skip2-table3": features.TABLE_3,
     "skip2-table4": features.TABLE_4,
+    "skip2-table5": tinytl.TABLE_5,
     "skip2-table6": timing.TABLE_6,
     "skip2-table7": timing.TABLE_7,
     "skip2-fig3": features.FIG_3,
@@ -58,7 +60,7 @@ class Reproduction:
 
 
 def chosen(names: Iterable[str]) -> list[str]:
-    """The targets asked for, in the order of the catalogue; all where none is named.
+    """The targets asked for, in the order of the catalogue; where none is named, all that can be made here.
 
     Raises:
         UsageError: there is no such target.
@@ -67,7 +69,12 @@ def chosen(names: Iterable[str]) -> list[str]:
     for name in asked:
         if name not in TARGETS:
             raise UsageError(f"TARGET must be one of {', '.join(TARGETS)}, not {name!r:.60}")
-    return [name for name in TARGETS if name in asked or not asked]
+    return [name for name in TARGETS if name in asked or (not asked and not _lacking(TARGETS[name]))]
+
+
+def _lacking(target: Target) -> list[str]:
+    """Packages without which it cannot be made, and which are not installed."""
+    return [package for module, package in target.extras if find_spec(module) is None]
 
 
 def reproduce(
@@ -122,7 +129,9 @@ def reproduce(
         target = TARGETS[name]
         own = f"{command} {name}{' --quick' if quick else ''}{f' --trials {trials}' if trials else ''}"
         entries.append(Entry(name, target.title, target.source, own, target.section(settings, store)))
-    written = write_report(out, entries, quick=quick, left=LEFT_FOR_HARDWARE)
+    missing = {name: ", ".join(_lacking(target)) for name, target in TARGETS.items()}
+    left = {name: f"left out, {what} is not installed" for name, what in missing.items() if what and not names}
+    written = write_report(out, entries, quick=quick, left={**left, **LEFT_FOR_HARDWARE})
     return Reproduction({e.name: e.section for e in entries}, len(wanted) - kept, kept, written)
 
 

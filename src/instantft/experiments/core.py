@@ -301,7 +301,7 @@ def _run(trial: Trial, where: Where) -> tuple[str, Numbers]:
 
 
 def extra(module: str, package: str) -> Any:
-    """A module of the extra [reproduce].
+    """A module of the extra [reproduce], or PyTorch of the extra [torch].
 
     Raises:
         UsageError: it is not installed.
@@ -309,8 +309,9 @@ def extra(module: str, package: str) -> Any:
     try:
         return import_module(module)
     except ImportError:
+        name = "torch" if module == "torch" else "reproduce"
         raise UsageError(
-            f"reproduce needs {package}, which is not installed: pip install 'instantft[reproduce]'"
+            f"reproduce needs {package}, which is not installed: pip install 'instantft[{name}]'"
         ) from None
 
 

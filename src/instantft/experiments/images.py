@@ -132,7 +132,7 @@ def _section_poster(settings: Settings, found: Results) -> Section:
         " were not fine-tuned on; the poster does not say what it was tested on, nor of how many runs (accuracies"
         " that are multiples of 1/1024 suggest 1,024 images and one run). Times: theirs on a Raspberry Pi Zero 2 W,"
         f" ours of the C core on one thread of this machine; the quantised cache takes {4.27 / 3.90:.2f} times the"
-        f" fp32 cache's time in theirs and {seconds['Skip-LoRA, NF4 in blocks of 64'] / quickest:.2f} times in ours. "
+        f" fp32 cache's time in theirs and {seconds['Skip-LoRA, NF4 in blocks of 64'] / quickest:.2f} times in ours."
         " Sizes: 1,024 records with a flag of 4 bytes, the quantised ones 4-bit codes in blocks of 64 with an fp32"
         " scale each." + _quick(settings)
     )
