@@ -46,7 +46,8 @@ def curves(
     for ax, (title, series) in zip(axes[0], panels.items(), strict=True):
         for n, (label, (xs, ys)) in enumerate(series.items()):
             style = {"marker": MARKERS[n % len(MARKERS)], "markersize": 5} if markers else {}
-            ax.plot(xs, ys, label=label, color=COLOURS[n % len(COLOURS)], linewidth=1.5, **style)
+            dashes = "--" if n % 2 else "-"  # so that a line on top of its neighbour does not hide it
+            ax.plot(xs, ys, label=label, color=COLOURS[n % len(COLOURS)], linewidth=1.5, linestyle=dashes, **style)
         for label, height in ((lines or {}).get(title) or {}).items():
             ax.axhline(height, color="#7f8c8d", linestyle=":", linewidth=1.2, label=label)
         ax.set_title(title, fontsize=11)
