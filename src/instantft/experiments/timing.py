@@ -344,15 +344,15 @@ class _SplitTrainer(ReferenceTrainer):
     seconds_update = 0.0
 
     def _forward(self, rows: NDArray[np.int32]) -> Any:
-        began = time.perf_counter()
+        began = time.process_time()
         run = super()._forward(rows)
-        self.seconds_forward += time.perf_counter() - began
+        self.seconds_forward += time.process_time() - began
         return run
 
     def _update(self, grads: dict[str, NDArray[Any]], run: Any) -> None:
-        began = time.perf_counter()
+        began = time.process_time()
         super()._update(grads, run)
-        self.seconds_update += time.perf_counter() - began
+        self.seconds_update += time.process_time() - began
 
 
 def _split(net: Network, m: Method, tune: Samples, epochs: int, lr: float, cached: bool) -> dict[str, float]:
@@ -364,11 +364,11 @@ def _split(net: Network, m: Method, tune: Samples, epochs: int, lr: float, cache
         _WholeBatches(), net.spec, tensors, m, RANK, *tune, np.arange(T, dtype=np.int64), store, BATCH, lr, 0.0
     )
     rng = np.random.default_rng(0)
-    began = time.perf_counter()
+    began = time.process_time()
     with _one_thread():
         for _ in range(epochs):
             trainer.epochs(rng.permutation(T).astype(np.int32)[None])
-    total = time.perf_counter() - began
+    total = time.process_time() - began
     batches = epochs * math.ceil(T / BATCH)
     parts = {"forward": trainer.seconds_forward, "weight update": trainer.seconds_update}
     parts["backward"] = total - sum(parts.values())
