@@ -313,8 +313,8 @@ def _section_7a(settings: Settings, found: Results) -> Section:
         "Mean ± standard deviation; images turned by 15° to 90°, or fewer images to pre-train on. The paper's curves"
         " are a picture; its prose gives the hardest settings. Ours are tested on images that were not fine-tuned on."
         " At learning rate 0.1 some draws of Skip2-LoRA on Fashion-MNIST come close to diverging, which widens its"
-        " spread; where all trials of a method diverged, the table says so and the picture has no point. The fixed-point"
-        " engine's points are added by the hardware core." + stand_in + _quick(settings)
+        " spread; where all trials of a method diverged, the table says so and the picture has no point. The"
+        " fixed-point engine's points are added by the hardware core." + stand_in + _quick(settings)
     )
     axes = {title: "angle, degrees" if title in CASES else "images to pre-train on" for title in panels}
     picture = Picture(

@@ -59,7 +59,7 @@ STAGES = (
 input channels and 1,000 classes, it has the published 4,080,512 parameters, which a test counts."""
 
 WIDTH = 0.25
-"""Share of ProxylessNAS-Mobile's channels that the network here has, so that the target takes minutes of one core."""
+"""Share of ProxylessNAS-Mobile's channels that the network here has, for time."""
 
 GROUP = 8
 """Channels a group of group normalisation, as TinyTL; the widths are multiples of it."""
@@ -266,7 +266,7 @@ TRIALS, PRETRAIN_BATCH, LR = 3, 64, 3e-3
 (GN 61 beside 53 %, BN 86 beside 56 %); nothing else was tried."""
 
 EPOCHS = {"Damage1": (15, 20), "Damage2": (15, 20), "HAR": (2, 6)}
-"""Pre-training and fine-tuning: as many as a quarter of an hour of one core allows; the paper states neither."""
+"""Pre-training and fine-tuning: few, for time; the paper states neither."""
 
 STEP = 0.07
 """Seconds of a step of fine-tuning, for the estimate."""
