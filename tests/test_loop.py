@@ -373,7 +373,11 @@ def test_a_trace_keeps_means_in_little_room() -> None:
     for i in range(100_000):
         trace.add(float(i % 4 == 0))
     assert Trace.MOST / 2 <= len(trace.points) < Trace.MOST
-    assert all(value == 0.25 for _, value in trace.points)
+    assert [value for _, value in trace.points] == pytest.approx([0.25] * len(trace.points))
+    highest = Trace(block=2, highest=True)
+    for i in range(100_000):
+        highest.add(float(i == 77_777))
+    assert sum(value for _, value in highest.points) == 1
     places = [place for place, _ in trace.points]
     assert places == sorted(places)
 

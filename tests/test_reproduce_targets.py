@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from instantft import power
 from instantft.adapters import initial
 from instantft.backbones.builtin import Network
 from instantft.cost import cost
@@ -21,6 +22,8 @@ from instantft.experiments.accuracy import base_network, base_params, trial
 from instantft.experiments.core import NOT_HERE, Settings, Trial, Where
 from instantft.methods import METHODS, SGD_METHODS
 from instantft.spec import dnn
+
+from .test_power import board
 
 pytest.importorskip("joblib")
 
@@ -245,59 +248,8 @@ def test_images_are_timed(where: Where) -> None:
 # -- sensors
 
 
-def board(root: Path) -> None:
-    """A board with an INA219, RAPL, a thermal zone and cpufreq."""
-    for name, text in {
-        "sys/class/hwmon/hwmon0/name": "ina219",
-        "sys/class/hwmon/hwmon0/power1_input": "1455000",
-        "sys/class/hwmon/hwmon1/name": "ina3221",
-        "sys/class/hwmon/hwmon1/in1_input": "5000",
-        "sys/class/hwmon/hwmon1/curr1_input": "300",
-        "sys/class/hwmon/hwmon2/name": "broken",
-        "sys/class/powercap/intel-rapl:0/name": "package-0",
-        "sys/class/powercap/intel-rapl:0/energy_uj": "999000000",
-        "sys/class/powercap/intel-rapl:0/max_energy_range_uj": "1000000000",
-        "sys/class/thermal/thermal_zone0/type": "cpu-thermal",
-        "sys/class/thermal/thermal_zone0/temp": "44500",
-        "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "1000000",
-    }.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
-
-
-def test_a_board_s_sensors_are_read(tmp_path: Path) -> None:
-    board(tmp_path)
-    found = sensors.sensors(tmp_path)
-    values = {name: (unit, sensor()) for name, (unit, sensor) in found.items()}
-    assert values == {
-        "ina219 power1": ("W", pytest.approx(1.455)),
-        "ina3221 curr1": ("W", pytest.approx(1.5)),
-        "RAPL package-0": ("W", None),
-        "cpu-thermal": ("°C", pytest.approx(44.5)),
-        "cpu0 frequency": ("MHz", pytest.approx(1000)),
-    }
-
-
-def test_an_energy_counter_may_wrap_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    board(tmp_path)
-    now = iter((10.0, 12.0))
-    monkeypatch.setattr("time.perf_counter", lambda: next(now))
-    sensor = sensors.sensors(tmp_path)["RAPL package-0"][1]
-    assert sensor() is None
-    (tmp_path / "sys/class/powercap/intel-rapl:0/energy_uj").write_text("3000000")
-    assert sensor() == pytest.approx(4e6 * 1e-6 / 2)
-
-
-def test_a_sensor_that_goes_away_gives_nothing(tmp_path: Path) -> None:
-    board(tmp_path)
-    found = sensors.sensors(tmp_path)
-    (tmp_path / "sys/class/thermal/thermal_zone0/temp").unlink()
-    assert found["cpu-thermal"][1]() is None
-
-
 def test_no_sensor_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sensors.sensors(tmp_path) == {}
+    assert power.sensors(tmp_path) == {}
     monkeypatch.setattr(sensors, "sensors", lambda: {})
     section = sensors.FIG_4.section(Settings(), lambda t: sensors.watch(t.params, Where(tmp_path, tmp_path)))
     assert section.ours is None
@@ -308,7 +260,7 @@ def test_no_sensor_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_run_under_sensors(where: Where, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     board(tmp_path)
-    found = sensors.sensors(tmp_path)
+    found = power.sensors(tmp_path)
     monkeypatch.setattr(sensors, "sensors", lambda: found)
     params = {**base_params(tiny("har"), 0), "repeat": 1, "rest": 0.12}
     seen = sensors.watch(params, where)

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from ..watch.journal import Journal, State
     from ..watch.loop import Event, Loop, Message
+    from ..watch.mqtt import Mqtt
+    from ..watch.page import Page
 
 __all__ = ["forget", "history", "rollback", "watch"]
 
@@ -47,6 +49,9 @@ PAUSE = 0.2
 LOOK = 1.0
 """Seconds between two looks into a folder, and at requests of other commands."""
 
+SHOW = 0.5
+"""Seconds between two states that the page shows."""
+
 ANSWER = 30.0
 """Seconds that a command waits for the watcher to do what it asks."""
 
@@ -59,7 +64,9 @@ state_argument = click.argument("folder", metavar="STATE")
 @click.command()
 @click.argument("base")
 @click.option("--state", "folder", required=True, metavar="DIR", help="Where adapters and labelled samples are kept.")
-@click.option("--from", "source", default="-", metavar="-|DIR", help="Standard input or a folder. [default: -]")
+@click.option(
+    "--from", "source", default="-", metavar="DIR|URL", help="A folder, or mqtt://host/topic. [default: stdin]"
+)
 @click.option("--format", "form", default="json", show_default=True, metavar="json|csv", help="Of standard input.")
 @click.option("--method", default="auto", show_default=True, help="One that leaves the network as it is.")
 @click.option("--cache", metavar="CODEC", help="As of finetune. [default: fp32]")
@@ -71,6 +78,7 @@ state_argument = click.argument("folder", metavar="STATE")
 @click.option("--allow-missing", is_flag=True, help="Adapt though some class was never seen; it will be forgotten.")
 @click.option("--predictions/--no-predictions", default=True, help="Whether to print every prediction.")
 @click.option("--status", default=60.0, show_default=True, metavar="SECONDS", help="Between two lines on how it goes.")
+@click.option("--http", metavar="[HOST:]PORT", help="Serve a page and /metrics; HOST if not this machine only.")
 @taps_option
 @seed_option
 @preprocessing_options("that of BASE")
@@ -90,6 +98,7 @@ def watch(
     allow_missing: bool,
     predictions: bool,
     status: float,
+    http: str | None,
     taps: str | None,
     seed: int,
     mean: str | None,
@@ -98,15 +107,21 @@ def watch(
 ) -> None:
     """Predict what comes in, notice drift, adapt, and go back if that was no good.
 
-    Samples and labels come in as lines of JSON or CSV, or as files in a folder; events go out as lines of JSON.
+    Samples and labels come in as lines of JSON or CSV, as files in a folder, or over MQTT; events go out as lines of
+    JSON.
     Adapters are kept in versions: see history and rollback.
     """
     from concurrent.futures import ThreadPoolExecutor
 
+    from .. import power
     from ..tuner import load as load_base
     from ..watch import loop as loops
-    from ..watch.journal import Journal
+    from ..watch.journal import TOKEN, Journal
+    from ..watch.mqtt import SCHEMES, Mqtt
+    from ..watch.page import Page, address, token_in
+    from ..watch.sources import JsonLines, longest_line
 
+    where = address(http) if http else None
     if form not in ("json", "csv"):
         raise UsageError(f"--format must be json or csv, not {form!r:.40}")
     if not status > 0:
@@ -116,9 +131,19 @@ def watch(
     means, stds = preprocessing(network, mean, std)
     messages: queue.Queue[Message | None] = queue.Queue(WAITING)
     over = threading.Event()
-    reader = _reader(source, form, network.spec, means, stds, messages, over)
+    put = _putter(messages, over)
+    broker: Mqtt | None = None
+    if source.partition("://")[0] in SCHEMES:
+        broker = Mqtt(source, longest_line(network.spec), JsonLines(network.spec, means, stds), put)
+        start = broker.start
+    else:
+        start = _reader(source, form, network.spec, means, stds, put, over).start
     journal = Journal(Path(folder), network, means, stds, keep=keep, versions=versions, max_bytes=max_bytes)
+    page: Page | None = None
     try:
+        if where is not None:
+            page = Page(*where, token_in(Path(folder, TOKEN)))
+            click.echo(f"page     {page.url}, its token is in {Path(folder, TOKEN)}", err=True)
         with ThreadPoolExecutor(1, "adaptation", _less_urgent) as pool:
             loop = loops.Loop(
                 network,
@@ -131,13 +156,29 @@ def watch(
                 labels=labels,
                 pending=pending,
                 allow_missing=allow_missing,
+                meter=power.meter,
             )
             with _stopped_by(signal.SIGTERM, over):
-                reader.start()
-                _run(loop, journal, messages, over, predictions, status)
+                start()
+                _run(loop, journal, page, broker, messages, over, predictions, status)
     finally:
         over.set()
+        if broker is not None:
+            broker.close()
+        if page is not None:
+            page.close()
         journal.close()
+
+
+def _putter(messages: queue.Queue[Message | None], over: threading.Event) -> Callable[[Message | None], None]:
+    """Puts messages into the queue, and waits where it is full, unless it is over."""
+
+    def put(message: Message | None) -> None:
+        while not over.is_set():
+            with contextlib.suppress(queue.Full):
+                return messages.put(message, timeout=PAUSE)
+
+    return put
 
 
 def _reader(
@@ -146,16 +187,11 @@ def _reader(
     spec: Any,
     means: tuple[float, ...],
     stds: tuple[float, ...],
-    messages: queue.Queue[Message | None],
+    put: Callable[[Message | None], None],
     over: threading.Event,
 ) -> threading.Thread:
     """The thread that reads messages, until they end or it is over; then it says None."""
     from ..watch.sources import CsvLines, JsonLines, Lines, longest_line, read_folder
-
-    def put(message: Message | None) -> None:
-        while not over.is_set():
-            with contextlib.suppress(queue.Full):
-                return messages.put(message, timeout=PAUSE)
 
     def lines() -> Iterable[Message]:
         parse = (CsvLines if form == "csv" else JsonLines)(spec, means, stds)
@@ -169,7 +205,7 @@ def _reader(
             yield from read_folder(Path(source), spec, means, stds)
 
     if source != "-" and not Path(source).is_dir():
-        raise UsageError(f"--from must be - or a folder, not {source!r:.80}")
+        raise UsageError(f"--from must be -, a folder, or mqtt://host/topic, not {source!r:.80}")
 
     def read() -> None:
         from ..watch.loop import Skipped
@@ -189,6 +225,8 @@ def _reader(
 def _run(
     loop: Loop,
     journal: Journal,
+    page: Page | None,
+    broker: Mqtt | None,
     messages: queue.Queue[Message | None],
     over: threading.Event,
     predictions: bool,
@@ -197,13 +235,15 @@ def _run(
     """Feed the loop until the messages end and nothing is going on, or until it is over."""
     from ..watch.loop import Command
 
-    ended, told, looked = False, time.monotonic(), 0.0
+    ended, told, looked, shown = False, time.monotonic(), 0.0, 0.0
 
     def tell(events: list[Event]) -> None:
-        shown = [e for e in events if predictions or e["event"] != "prediction"]
-        if shown:
-            sys.stdout.write("".join(json.dumps(e, allow_nan=False) + "\n" for e in shown))
+        wanted = [e for e in events if predictions or e["event"] != "prediction"]
+        if wanted:
+            sys.stdout.write("".join(json.dumps(e, allow_nan=False) + "\n" for e in wanted))
             sys.stdout.flush()
+            if broker is not None:
+                broker.publish(wanted)
 
     def status() -> None:
         summary = loop.summary()
@@ -226,8 +266,13 @@ def _run(
                 name = asked.pop("command", None)
                 tell(loop.feed([Command(name if isinstance(name, str) else "", asked)]))
                 journal.answered()
+        if page is not None:
+            batch += page.commands()
         tell(loop.feed(m for m in batch if m is not None))
         tell(loop.poll())
+        if page is not None and now - shown >= SHOW:
+            shown = now
+            page.publish(loop.summary())
         if now - told >= every:
             told = now
             status()

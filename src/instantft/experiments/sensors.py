@@ -1,10 +1,4 @@
-"""Skip2-LoRA, Fig. 4: power, temperature and CPU frequency over a run, from what the board itself measures.
-
-    hwmon      /sys/class/hwmon/*/power*_input (µW), or in*_input (mV) · curr*_input (mA): INA219 and INA260 (ina2xx)
-    RAPL       /sys/class/powercap/intel-rapl:*/energy_uj (µJ, wraps round at max_energy_range_uj)
-    thermal    /sys/class/thermal/thermal_zone*/temp (m°C)
-    cpufreq    /sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq (kHz)
-
+"""Skip2-LoRA, Fig. 4: power, temperature and CPU frequency over a run, from what the board itself measures (`power`).
 What is not there is not shown: no number here is estimated.
 """
 
@@ -13,11 +7,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ..cache.store import memory_store
 from ..data.protocols import BATCH, RANK, TASKS, Task, drifted
+from ..power import PERIOD, Sensor, sensors
 from ..solvers import sgd
 from . import plots
 from .accuracy import base_network, base_params, engine, small, task_of, with_base
@@ -37,97 +31,10 @@ from .core import (
     mean,
 )
 
-__all__ = ["FIG_4", "Sensor", "record", "sensors"]
+__all__ = ["FIG_4", "record"]
 
 EPOCHS = 200
 """Of the run of Fig. 4, on HAR."""
-
-PERIOD = 0.05
-"""Seconds between two readings, as InstantFT reads its INA260 (§5.4)."""
-
-Sensor = Callable[[], float | None]
-"""One reading, or None where it fails."""
-
-
-def sensors(root: Path = Path("/")) -> dict[str, tuple[str, Sensor]]:
-    """What this machine can measure: name to unit and sensor.
-
-    Args:
-        root: of the file system that /sys is in.
-    """
-    found: dict[str, tuple[str, Sensor]] = {}
-    for chip in sorted((root / "sys/class/hwmon").glob("hwmon*")):
-        label = _text(chip / "name") or chip.name
-        powers = sorted(chip.glob("power*_input"))
-        for path in powers:
-            found[f"{label} {path.name.removesuffix('_input')}"] = ("W", _scaled(path, 1e-6))
-        if not powers:
-            for current in sorted(chip.glob("curr*_input")):
-                # ina2xx: in1 is the bus voltage of curr1
-                volts = chip / current.name.replace("curr", "in")
-                if volts.is_file():
-                    found[f"{label} {current.name.removesuffix('_input')}"] = ("W", _product(volts, current))
-    for zone in sorted((root / "sys/class/powercap").glob("intel-rapl:?")):
-        energy = _text(zone / "energy_uj")
-        if energy is not None:
-            found[f"RAPL {_text(zone / 'name') or zone.name}"] = ("W", _Energy(zone))
-    for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
-        if _number(zone / "temp") is not None:
-            found[f"{_text(zone / 'type') or zone.name}"] = ("°C", _scaled(zone / "temp", 1e-3))
-    for path in sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq")):
-        if _number(path) is not None:
-            found[f"{path.parts[-3]} frequency"] = ("MHz", _scaled(path, 1e-3))
-    return found
-
-
-class _Energy:
-    """Mean power since the last reading, from a counter of energy."""
-
-    def __init__(self, zone: Path) -> None:
-        self._zone = zone
-        self._range = _number(zone / "max_energy_range_uj") or 0.0
-        self._last: tuple[float, float] | None = None
-
-    def __call__(self) -> float | None:
-        now, energy = time.perf_counter(), _number(self._zone / "energy_uj")
-        last, self._last = self._last, None if energy is None else (now, energy)
-        if energy is None or last is None or now <= last[0]:
-            return None
-        used = energy - last[1]
-        if used < 0:
-            used += self._range
-        return used * 1e-6 / (now - last[0])
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return None
-
-
-def _number(path: Path) -> float | None:
-    text = _text(path)
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return None
-
-
-def _scaled(path: Path, factor: float) -> Sensor:
-    def read() -> float | None:
-        value = _number(path)
-        return None if value is None else value * factor
-
-    return read
-
-
-def _product(volts: Path, current: Path) -> Sensor:
-    def read() -> float | None:
-        v, i = _number(volts), _number(current)
-        return None if v is None or i is None else v * i * 1e-6
-
-    return read
 
 
 def record(found: dict[str, tuple[str, Sensor]], job: Callable[[], object], rest: float) -> dict[str, Any]:

@@ -133,23 +133,24 @@ class _Outcome:
 
 
 class Trace:
-    """A course of values in bounded memory: means over blocks, which grow as it gets longer."""
+    """A course of values in bounded memory: the mean, or with `highest` the maximum, of blocks that grow with it."""
 
     MOST = 400
 
-    def __init__(self, block: int = 25) -> None:
-        self._block, self._sum, self._n, self._seen = block, 0.0, 0, 0
+    def __init__(self, block: int = 25, highest: bool = False) -> None:
+        self._block, self._highest, self._n, self._seen, self._value = block, highest, 0, 0, 0.0
         self.points: list[tuple[int, float]] = []
 
     def add(self, value: float) -> None:
         """The next value."""
-        self._sum, self._n, self._seen = self._sum + value, self._n + 1, self._seen + 1
+        self._n, self._seen = self._n + 1, self._seen + 1
+        self._value = max(self._value, value) if self._highest else self._value + (value - self._value) / self._n
         if self._n == self._block:
-            self.points.append((self._seen, self._sum / self._n))
-            self._sum, self._n = 0.0, 0
+            self.points.append((self._seen, self._value))
+            self._n, self._value = 0, 0.0
         if len(self.points) >= self.MOST:
             pairs = zip(self.points[::2], self.points[1::2], strict=True)
-            self.points = [(b[0], (a[1] + b[1]) / 2) for a, b in pairs]
+            self.points = [(b[0], max(a[1], b[1]) if self._highest else (a[1] + b[1]) / 2) for a, b in pairs]
             self._block *= 2
 
 
@@ -207,8 +208,9 @@ class Loop:
         self._waiting = ""
         self.counts: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
-        self.accuracy, self.drift = Trace(), Trace()
+        self.accuracy, self.drift = Trace(), Trace(highest=True)
         self.adaptations: list[Event] = []
+        self._spent: tuple[float, float | None] = 0.0, None
         self._world = World()
         self._began = self._synced = clock()
         self._number = max(int(journal.replay.number.max(initial=0)), journal.state.since)
@@ -284,7 +286,8 @@ class Loop:
             "capacity": replay.capacity,
             "sample_bytes": replay.nbytes,
             "adapter_bytes": sum(v.size for v in state.versions.values()),
-            "joules": sum(a["joules"] or 0.0 for a in self.adaptations),
+            "adaptation_seconds": self._spent[0],
+            "joules": self._spent[1],
             "listed": self.adaptations[-20:],
             "versions": [
                 {
@@ -354,7 +357,6 @@ class Loop:
         self.counts["labels"] += 1
         self.counts["right"] += seen.predicted == label
         self.accuracy.add(float(seen.predicted == label))
-        self.drift.add(min(self._score(), 10.0))
         guess = seen.predicted if seen.version == live else self._predict(self._tensors, sample.x)
         name = sample.name or ""
         if self._try(
@@ -368,6 +370,7 @@ class Loop:
             numbers = np.sort(self._journal.replay.number)
             since = int(numbers[-min(len(self._errors), len(numbers))])
             self._drifted("errors", max(since, 1))
+        self.drift.add(self._score())
         if self._rival is not None:
             fresh = rival is None or seen.version != live
             self._compare(guess == label, (self._predict(self._rival, sample.x) if fresh else rival) == label)
@@ -520,7 +523,7 @@ class Loop:
             why = why if accepted else "the new adapter could not be written"
         state = self._journal.state
         entry |= {"accepted": accepted, "version": state.live, "why": why}
-        self._list({"time": self._clock(), **entry})
+        self._list({"time": self._clock(), "labels": self.counts["labels"], **entry})
         if not accepted:
             return self._tell("kept", **entry)
         self.counts["switches"] += 1
@@ -546,6 +549,11 @@ class Loop:
         return {"mean": list(state.mean), "std": list(state.std)}
 
     def _list(self, entry: Event) -> None:
+        seconds, joules = self._spent
+        self._spent = (
+            seconds + entry["seconds"]["total"],
+            joules if entry["joules"] is None else (joules or 0.0) + entry["joules"],
+        )
         self.adaptations.append(entry)
         del self.adaptations[:-LISTED]
 
