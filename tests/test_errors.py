@@ -35,6 +35,22 @@ def test_tree() -> None:
     assert issubclass(ift.MismatchError, ift.FileError)
 
 
+@pytest.mark.parametrize(
+    ("ask", "name", "meant"),
+    [(method, "skip2lora", "skip2-lora"), (method, "FT-All", "ft-all"), (codec, "nf-4", "nf4"), (codec, "zip", None)],
+)
+def test_a_name_that_is_nearly_right(ask: Callable[[str], Any], name: str, meant: str | None) -> None:
+    with pytest.raises(ift.UsageError) as e:
+        ask(name)
+    assert str(e.value).endswith(f"not {name!r} (did you mean {meant}?)" if meant else f"not {name!r}")
+
+
+def test_a_method_that_is_nearly_right() -> None:
+    x, y = samples.blobs(30)
+    with pytest.raises(ift.UsageError, match=r"not 'skip2lora' \(did you mean skip2-lora\?\)$"):
+        ift.FineTuner(BASE, method="skip2lora").fit(x, y)
+
+
 def test_diverged_knows_its_step() -> None:
     error = ift.DivergedError(12, 0.5)
     assert error.step == 12

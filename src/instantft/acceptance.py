@@ -27,7 +27,7 @@ def untrained(adapter: Adapter, base_tensors: Any) -> Adapter:
     m = method(adapter.method)
     tensors = {name: base_tensors[name] for name in expected(m, adapter.spec, adapter.rank) if name in base_tensors}
     tensors |= initial(m, adapter.spec, adapter.rank, 0)
-    config = {name: adapter.config[name] for name in ("mean", "std", "task") if name in adapter.config}
+    config = {name: adapter.config[name] for name in ("mean", "std", "task", "classes") if name in adapter.config}
     return Adapter(adapter.method, adapter.rank, adapter.spec, adapter.base_hash, tensors, {**config, "trained": False})
 
 

@@ -14,6 +14,8 @@ The command line prints them as they are and exits with status 2.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 __all__ = [
     "DataError",
     "DivergedError",
@@ -23,6 +25,14 @@ __all__ = [
     "MismatchError",
     "UsageError",
 ]
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """What to add to a message about a name that nobody knows: the known one that it resembles, or nothing."""
+    from difflib import get_close_matches
+
+    found = get_close_matches(str(name).lower()[:60], known, 1)
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 class InstantFTError(Exception):

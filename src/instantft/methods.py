@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .errors import UsageError
+from .errors import UsageError, nearest
 from .spec import NetSpec
 
 __all__ = [
@@ -93,7 +93,7 @@ def method(name: str) -> Method:
     try:
         return METHODS[name]
     except KeyError:
-        raise UsageError(f"method must be one of {', '.join(METHODS)}, not {name!r}") from None
+        raise UsageError(f"method must be one of {', '.join(METHODS)}, not {name!r}{nearest(name, METHODS)}") from None
 
 
 def own_rank(m: Method, spec: NetSpec) -> int:

@@ -25,7 +25,7 @@ from .cache.store import Store, memory_store, open_store
 from .claims import UNKNOWN, signed
 from .data import as_array, as_groups, as_labels, as_samples, warn_if_poor
 from .engine import Engine, Floats, forward, get_engine, parts
-from .errors import DataError, FileError, UsageError
+from .errors import DataError, FileError, UsageError, nearest
 from .methods import METHODS, Method, own_rank
 from .solvers import lifting, sgd
 from .solvers.calibration import probabilities
@@ -631,7 +631,9 @@ class FineTuner:
         steps = (self.epochs, self.lr, self.momentum, self.space) != (None, None, None, AUTO)
         if self.method != AUTO:
             if self.method not in METHODS:
-                raise UsageError(f"method must be one of {AUTO}, {', '.join(METHODS)}, not {self.method!r:.60}")
+                known = (AUTO, *METHODS)
+                hint = nearest(self.method, known)
+                raise UsageError(f"method must be one of {', '.join(known)}, not {self.method!r:.60}{hint}")
             m = METHODS[self.method]
             if self.solver not in (AUTO, m.solver):
                 raise UsageError(f"solver must be {m.solver} for {m.name}, not {self.solver}")

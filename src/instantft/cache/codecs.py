@@ -40,7 +40,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UsageError
+from ..errors import UsageError, nearest
 from ..spec import RecordSpec, Segment
 
 __all__ = ["CODECS", "NF4_LEVELS", "NF4_THRESHOLDS", "Codec", "Grid", "codec", "nf4_levels"]
@@ -398,4 +398,4 @@ def codec(name: str) -> Codec:
     try:
         return CODECS[name]
     except KeyError:
-        raise UsageError(f"codec must be one of {', '.join(CODECS)}, not {name!r}") from None
+        raise UsageError(f"codec must be one of {', '.join(CODECS)}, not {name!r}{nearest(name, CODECS)}") from None

@@ -23,12 +23,13 @@ from .options import (
     preprocessing,
     preprocessing_options,
     seed_option,
+    source_options,
     taps_option,
     task_option,
     threads_option,
     values,
 )
-from .running import score_of
+from .running import class_names, read_samples, score_of
 from .show import history_of, percent, print_history, print_json, time_text
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ FEW = 30
 
 @click.command()
 @click.argument("net", metavar="dnn|lenet5")
-@click.option("--data", required=True, metavar="NPZ", help="Samples x and labels y to train on.")
-@click.option("--eval", "eval_path", metavar="NPZ", help="Samples and labels to measure accuracy on.")
+@click.option("--data", required=True, metavar="NPZ|CSV|FOLDER", help="Samples and labels to train on.")
+@click.option("--eval", "eval_path", metavar="NPZ|CSV|FOLDER", help="Samples and labels to measure accuracy on.")
+@source_options
 @click.option("--out", required=True, metavar="FILE", help="Base file to write (.safetensors).")
 @click.option("--hidden", default=96, show_default=True, help="Width of the dnn's hidden layers.")
 @click.option("--epochs", default=10, show_default=True)
@@ -59,6 +61,8 @@ def pretrain(
     net: str,
     data: str,
     eval_path: str | None,
+    size: int | None,
+    label: str | None,
     out: str,
     hidden: int,
     epochs: int,
@@ -76,7 +80,7 @@ def pretrain(
     from .. import spec as specs
     from ..backbones.builtin import check_preprocessing
     from ..cost import network_parameters
-    from ..data import as_samples, load_samples, warn_if_poor
+    from ..data import as_samples, warn_if_poor
     from ..solvers import sgd
 
     if net not in ("dnn", "lenet5"):
@@ -85,12 +89,14 @@ def pretrain(
         raise UsageError(f"--hidden must be 1 to {specs.MAX_WIDTH}, not {hidden}")
     sgd.check_arguments(epochs=epochs, batch_size=batch_size, lr=lr, momentum=momentum, seed=seed)
     check_file_target(out, {"--data": data, "--eval": eval_path})
-    samples = load_samples(data)
+    samples = read_samples(data, size=size, label=label, beside=eval_path)
     y = samples.labels
-    C = int(y.max()) + 1
+    C = max(int(y.max()) + 1, len(samples.classes))
     spec = specs.dnn(samples.x.shape[1], C, hidden) if net == "dnn" else specs.lenet5(samples.shape, C)
     means, stds = check_preprocessing(values("--mean", mean), values("--std", std), spec.input_shape)
-    test = load_samples(eval_path, spec, means, stds) if eval_path else None
+    test = None
+    if eval_path:
+        test = read_samples(eval_path, spec, means, stds, size=size, label=label, beside=data, classes=samples.classes)
     warn_if_poor(y, batch_size)
     x, _ = as_samples(samples.x, spec, means, stds, name=f"{data}: x")
     chosen = engine_of(engine)
@@ -141,8 +147,9 @@ def pretrain(
 
 @click.command()
 @click.argument("base")
-@click.option("--data", required=True, metavar="NPZ", help="Samples x and labels y to adapt to.")
-@click.option("--eval", "eval_path", metavar="NPZ", help="Samples and labels to measure accuracy on, before and after.")
+@click.option("--data", required=True, metavar="NPZ|CSV|FOLDER", help="Samples and labels to adapt to.")
+@click.option("--eval", "eval_path", metavar="NPZ|CSV|FOLDER", help="Samples and labels to measure accuracy on.")
+@source_options
 @click.option("--out", required=True, metavar="DIR", help="Adapter to write; one that is there is replaced.")
 @click.option(
     "--method",
@@ -187,6 +194,8 @@ def finetune(
     base: str,
     data: str,
     eval_path: str | None,
+    size: int | None,
+    label: str | None,
     out: str,
     method: str,
     cache: str | None,
@@ -222,7 +231,6 @@ def finetune(
     """
     from ..acceptance import decide, untrained
     from ..adapters import CONFIG_FILE, check_target
-    from ..data import load_samples
     from ..solvers.sgd import FitResult
     from ..tasks import METRICS, TASKS, check_task
     from ..tuner import FineTuner
@@ -256,21 +264,45 @@ def finetune(
     )
     check_target(out)
     means, stds = preprocessing(network, mean, std)
-    samples = load_samples(data, network.spec, means, stds, groups=groups, weights=sample_weights, task=wanted)
-    test = load_samples(eval_path, network.spec, means, stds, task=wanted) if eval_path else None
     old = _adapter_in_use(out, network, means, stds, wanted)
+    samples = read_samples(
+        data,
+        network.spec,
+        means,
+        stds,
+        groups=groups,
+        weights=sample_weights,
+        task=wanted,
+        size=size,
+        label=label,
+        beside=eval_path,
+        classes=class_names(old),
+    )
+    test = None
+    if eval_path:
+        test = read_samples(
+            eval_path,
+            network.spec,
+            means,
+            stds,
+            task=wanted,
+            size=size,
+            label=label,
+            beside=data,
+            classes=samples.classes,
+        )
     before = score_of(chosen, network, None, test, threads, wanted) if test else None
     T = len(samples.x)
-    label = f"fine-tuning ({tuner.row(T).name})"
+    doing = f"fine-tuning ({tuner.row(T).name})"
     length = tuner.planned_epochs
-    with Bar(label, length) as bar:
+    with Bar(doing, length) as bar:
 
         def filling(done: float) -> None:
             if done < T:
                 bar.stage("filling the cache", T)
                 bar.update(done)
             else:
-                bar.stage(label, length)
+                bar.stage(doing, length)
 
         tuner.fit_prepared(
             samples.x, samples.labels, samples.weights, groups=samples.groups, progress=bar.update, filling=filling
@@ -326,7 +358,11 @@ def finetune(
     result["estimate"] = {"before": decision.before, "after": decision.after, "interval": list(decision.interval)}
     result["accepted"] = decision.accepted
     # Whoever uses the adapter must preprocess as it was done here.
-    other = {"mean": list(means), "std": list(stds)} if (means, stds) != (network.mean, network.std) else {}
+    other: dict[str, Any] = (
+        {"mean": list(means), "std": list(stds)} if (means, stds) != (network.mean, network.std) else {}
+    )
+    if samples.classes:
+        other["classes"] = list(samples.classes)
     said = {METRICS[wanted]: decision.after, "samples": decision.n}
     adapter = replace(tuner.adapter, config={**tuner.adapter.config, **other, "estimate": said})
     kept, was_there = decision.accepted or force, Path(out, CONFIG_FILE).exists()

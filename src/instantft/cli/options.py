@@ -61,6 +61,14 @@ taps_option = click.option(
 )
 
 
+def source_options(command: Command) -> Command:
+    """How samples that are no .npz are read."""
+    size = "Images: the shorter side is scaled to this, the middle cut out. [default: as large as the network's input]"
+    command = click.option("--size", type=int, metavar="PIXELS", help=size)(command)
+    label = "CSV: name or number of the label's column. [default: the last]"
+    return click.option("--label", metavar="NAME|INDEX", help=label)(command)
+
+
 task_option = click.option(
     "--task", help="classification, regression or multi-label. [default: that of the adapter, or classification]"
 )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import DataError, FileError, UsageError
 from .bar import Bar
 from .options import engine_of, preprocessing
 
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from ..backbones.builtin import Network
     from ..data import Samples
     from ..engine import Engine, Floats
+    from ..spec import NetSpec
     from ..tasks import Task
 
 
@@ -27,6 +31,44 @@ def adapted(base: str, adapter_path: str | None) -> tuple[Network, Adapter | Non
     return network, Adapter.load(adapter_path, network)
 
 
+def read_samples(
+    path: str,
+    spec: NetSpec | None = None,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    *,
+    size: int | None,
+    label: str | None,
+    beside: str | None = None,
+    **options: Any,
+) -> Samples:
+    """`data.load_samples`, with a bar.
+
+    --size and --label stand for `path` and what is read `beside` it; they are refused where neither is of their kind.
+    """
+    from ..data import load_samples
+    from ..data.tables import is_table
+
+    if not Path(path).is_dir() and beside and Path(beside).is_dir():
+        size = None
+    if not is_table(Path(path)) and beside and is_table(Path(beside)):
+        label = None
+    with Bar(f"reading {path}", 1) as bar:
+        return load_samples(path, spec, mean, std, size=size, label=label, progress=bar.update, **options)
+
+
+def class_names(adapter: Adapter | None) -> tuple[str, ...]:
+    """The names that an adapter knows its classes by.
+
+    Raises:
+        FileError: its config holds something else.
+    """
+    names = adapter.config.get("classes", []) if adapter else []
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
+        raise FileError(f"an adapter's classes must be a list of different names, not {str(names)[:60]!r}")
+    return tuple(names)
+
+
 def forward_samples(
     base: str,
     adapter_path: str | None,
@@ -37,8 +79,9 @@ def forward_samples(
     engine: str | None,
     labels: bool,
     task: str | None = None,
+    size: int | None = None,
+    label: str | None = None,
 ) -> tuple[Task, Engine, Samples, Floats]:
-    from ..data import load_samples
     from ..solvers import sgd
     from ..tasks import TASKS, check_task
 
@@ -48,7 +91,17 @@ def forward_samples(
     if adapter is not None and chosen_task != adapter.task:
         raise UsageError(f"--task must be that of the adapter, {adapter.task}, not {chosen_task}")
     means, stds = preprocessing(network, mean, std, adapter)
-    samples = load_samples(data, network.spec, means, stds, labels=labels, task=chosen_task)
+    known, C = class_names(adapter), network.spec.C
+    samples = read_samples(
+        data, network.spec, means, stds, labels=labels, task=chosen_task, classes=known, size=size, label=label
+    )
+    if labels and samples.classes and len(samples.classes) != C and not known:
+        raise DataError(
+            f"{data} must show all of the network's {C} classes, so that it is known which is which, but shows "
+            f"{len(samples.classes)}: an empty subfolder holds a class's place, and names may be numbers from 0"
+        )
+    if known or not labels:
+        samples = replace(samples, classes=known)
     chosen = network.bind(engine_of(engine))
     return chosen_task, chosen, samples, logits_of(chosen, network, adapter, samples, threads)
 

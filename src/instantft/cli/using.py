@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ..errors import UsageError
 from .options import (
     adapter_option,
     check_file_target,
     engine_option,
     json_option,
     preprocessing_options,
+    source_options,
     task_option,
     threads_option,
 )
@@ -23,7 +26,8 @@ from .show import percent, print_json
 @click.command()
 @click.argument("base")
 @adapter_option
-@click.option("--data", required=True, metavar="NPZ", help="Samples x and labels y.")
+@click.option("--data", required=True, metavar="NPZ|CSV|FOLDER", help="Samples and labels.")
+@source_options
 @task_option
 @preprocessing_options("that of BASE")
 @threads_option
@@ -33,6 +37,8 @@ def evaluate(
     base: str,
     adapter: str | None,
     data: str,
+    size: int | None,
+    label: str | None,
     task: str | None,
     mean: str | None,
     std: str | None,
@@ -45,10 +51,12 @@ def evaluate(
     from ..tasks import targets
 
     found, chosen, samples, logits = forward_samples(
-        base, adapter, data, mean, std, threads, engine, labels=True, task=task
+        base, adapter, data, mean, std, threads, engine, labels=True, task=task, size=size, label=label
     )
     goal = targets(samples.labels, logits.shape[1], found)
     result = {**measured(goal, logits), "task": found, "engine": chosen.name}
+    for entry, name in zip(result.get("per_class", ()), samples.classes, strict=False):
+        entry["name"] = name
     if as_json:
         return print_json(result)
     {"classification": _print_classes, "regression": _print_numbers, "multi-label": _print_labels}[found](result)
@@ -63,11 +71,16 @@ def _print_classes(r: dict[str, Any]) -> None:
         f"loss {r['loss']:.4f}   calibration error {r['calibration_error']:.1%}   n {r['n']:,}\n"
     )
     if C > 30:
-        rows = [(p["class"], p["n"], percent(p["accuracy"])) for p in per_class]
+        rows = [(p.get("name", p["class"]), p["n"], percent(p["accuracy"])) for p in per_class]
         click.echo(format_table(("class", "n", "accuracy"), rows))
         return click.echo(f"\nThe confusion matrix ({C}x{C}) is in --json.")
     cells = [
-        (p["class"], *(n or "·" for n in row), p["n"], percent(p["accuracy"]))
+        (
+            f"{p['class']} {p['name']}" if "name" in p else p["class"],
+            *(n or "·" for n in row),
+            p["n"],
+            percent(p["accuracy"]),
+        )
         for p, row in zip(per_class, r["confusion_matrix"], strict=True)
     ]
     click.echo("Rows are the true class, columns the predicted one.")
@@ -101,7 +114,8 @@ def _number(value: float | None) -> str:
 @click.command()
 @click.argument("base")
 @adapter_option
-@click.option("--data", required=True, metavar="NPZ", help="Samples x.")
+@click.option("--data", required=True, metavar="NPZ|CSV|FOLDER", help="Samples.")
+@source_options
 @click.option("--out", required=True, metavar="NPZ", help="Where predictions go.")
 @task_option
 @preprocessing_options("that of BASE")
@@ -112,6 +126,8 @@ def predict(
     base: str,
     adapter: str | None,
     data: str,
+    size: int | None,
+    label: str | None,
     out: str,
     task: str | None,
     mean: str | None,
@@ -136,16 +152,39 @@ def predict(
             "the adapter's config": str(Path(adapter, CONFIG_FILE)),
         }
     check_file_target(out, inputs)
-    found, chosen, _, logits = forward_samples(base, adapter, data, mean, std, threads, engine, labels=False, task=task)
+    _check_replaceable(Path(out))
+    found, chosen, samples, logits = forward_samples(
+        base, adapter, data, mean, std, threads, engine, labels=False, task=task, size=size, label=label
+    )
     made: dict[str, Any]
     if found == "regression":
         made = {"value": logits}
     else:
-        label = logits.argmax(axis=1) if found == "classification" else (logits > 0).astype(np.int64)
-        made = {"logits": logits, "probabilities": probabilities(found, logits), "label": label}
+        told = logits.argmax(axis=1) if found == "classification" else (logits > 0).astype(np.int64)
+        made = {"logits": logits, "probabilities": probabilities(found, logits), "label": told}
+    if samples.classes:
+        made["classes"] = np.array(samples.classes)
+    if samples.names:
+        made["image"] = np.array(samples.names)
     buffer = io.BytesIO()
     np.savez(buffer, **made)
     files.write_whole(Path(out), buffer.getvalue(), "predictions")
     if as_json:
         return print_json({"n": len(logits), "out": out, "task": found, "keys": list(made), "engine": chosen.name})
     click.echo(f"{len(logits):,} predictions ({', '.join(made)}) in {out}")
+
+
+_PREDICTED = {f"{key}.npy" for key in ("logits", "probabilities", "label", "value", "classes", "image")}
+
+
+def _check_replaceable(out: Path) -> None:
+    """Refuse to write predictions over what are no predictions: samples, say."""
+    try:
+        if not out.exists() or out.stat().st_size == 0:
+            return
+        with zipfile.ZipFile(out) as archive:
+            names = set(archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        names = set()
+    if not names or not names <= _PREDICTED:
+        raise UsageError(f"--out must be a new file or earlier predictions, but {out} is something else")

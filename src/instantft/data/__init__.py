@@ -1,8 +1,9 @@
 """Samples in, checked. After this file they are finite float32 rows and labels in range.
 
-A sample file is an ``.npz`` with ``x`` float32 or uint8, (T, N) or (T, channels, height, width) or (T, height, width),
-and ``y`` integer (T,). uint8 is scaled by 1/255; then the mean is taken off and the standard deviation divided by, per
-channel, where given. Nothing in a sample file can run code, and what it announces is checked before memory is taken.
+Samples are in an ``.npz``, in a CSV file (`tables`) or in a folder of images (`pictures`). An ``.npz`` has ``x``
+float32 or uint8, (T, N) or (T, channels, height, width) or (T, height, width), and ``y`` integer (T,). uint8 is scaled
+by 1/255; then the mean is taken off and the standard deviation divided by, per channel, where given. Nothing in a file
+of samples can run code, and what it announces is checked before memory is taken.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -23,7 +24,9 @@ from numpy.typing import ArrayLike, NDArray
 from .. import files
 from ..errors import DataError, FileError, UsageError
 from ..spec import NetSpec
-from ..tasks import Task
+from ..tasks import TASKS, Task
+from . import pictures, tables
+from .classes import Classes
 
 __all__ = ["MAX_BYTES", "Samples", "as_array", "as_groups", "as_labels", "as_samples", "load_samples", "warn_if_poor"]
 
@@ -31,6 +34,9 @@ Floats = NDArray[np.float32]
 
 MAX_BYTES = 1 << 30
 """Most memory the samples of one file may take as float32: over 300,000 images of 28x28."""
+
+BYTE_LIKE = 64
+"""A largest value of float images above which they are probably bytes that nobody scaled."""
 
 MAX_CLASSES = 1 << 16
 """Largest number of classes that labels may imply where no network says how many there are."""
@@ -46,6 +52,8 @@ class Samples:
         shape: (N,) or (channels, height, width) of one sample.
         groups: (T,) integers, or None where they were not asked for.
         weights: (T,) numbers, or None where they were not asked for.
+        classes: name of class 0, 1, …; empty where classes have no names.
+        names: (T,) the file of every image, where the samples are a folder of them.
     """
 
     x: Floats
@@ -53,6 +61,8 @@ class Samples:
     shape: tuple[int, ...]
     groups: NDArray[Any] | None = None
     weights: NDArray[Any] | None = None
+    classes: Classes = ()
+    names: tuple[str, ...] = ()
 
     @property
     def labels(self) -> NDArray[Any]:
@@ -126,6 +136,12 @@ def as_samples(
         row = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
         raise DataError(
             f"{name} must hold finite values only, but sample {row} holds NaN, Inf or a value beyond float32"
+        )
+    elif len(shape) == 3 and not len(std) and rows.max() > BYTE_LIKE and rows.min() >= 0:
+        warnings.warn(
+            f"{name}: float images are taken as they are, and these have values up to {rows.max():g}: "
+            "networks want 0 to 1 mostly; divide by 255 (--std 255), or give uint8",
+            stacklevel=2,
         )
     _normalise(rows, shape, mean, std)
     return np.ascontiguousarray(rows), shape
@@ -248,23 +264,55 @@ def load_samples(
     groups: str | None = None,
     weights: str | None = None,
     task: Task = "classification",
+    label: str | None = None,
+    size: int | None = None,
+    classes: Classes = (),
+    progress: Callable[[float], None] | None = None,
 ) -> Samples:
-    """Read and check a sample file.
+    """Read and check samples.
 
     Args:
-        path: an ``.npz`` with x and, where labels are asked for, y.
+        path: an ``.npz`` with x and, where labels are asked for, y; a CSV file; a folder of images.
         spec: the network the samples are for; None: any shape and any labels from 0.
         mean, std: as in `as_samples`.
         labels: whether y is needed.
         groups: the key of an integer a sample, where such are asked for.
         weights: the key of a number a sample, where such are asked for; checked by `tasks.targets`.
         task: what is to be learnt, which says what y must be.
+        label: the label's column in a CSV file (`tables.read_table`); None: the last.
+        size: pixels to which images are scaled (`pictures.read_folder`); None: the network's.
+        classes: names the classes are known by, for folders and CSV files; empty: the names found, sorted.
+        progress: is told the share of the images that is read.
 
     Raises:
-        FileError: missing, unreadable, no ``.npz``, damaged, or larger than MAX_BYTES.
+        FileError: missing, unreadable, of none of these kinds, damaged, or larger than MAX_BYTES.
         DataError: a key is missing, or the samples or labels cannot be used.
+        UsageError: an option that is for another kind, or Pillow is needed and not there.
     """
     path = Path(path)
+    is_folder, is_table = path.is_dir(), tables.is_table(path)
+    if label is not None and not is_table:
+        raise UsageError(f"--label must go with a CSV file, not with {path}")
+    if size is not None and not is_folder:
+        raise UsageError(f"--size must go with a folder of images, not with {path}")
+    if is_folder:
+        if groups or weights or (labels and task != TASKS[0]):
+            raise UsageError(
+                f"--groups, --sample-weights and --task must go with .npz or CSV, not with the folder {path}"
+            )
+        wanted = spec.input_shape if spec else None
+        images = pictures.read_folder(path, wanted, size, labels, classes, MAX_BYTES, progress)
+        _normalise(images.x, images.shape if spec is None else spec.input_shape, mean, std)
+        found = as_labels(images.y, len(images.x), spec, name=f"{path}: y") if labels and images.y is not None else None
+        return Samples(images.x, found, images.shape, None, None, images.classes, images.names)
+    if is_table:
+        others = [key for key in (groups, weights) if key]
+        N = math.prod(spec.input_shape) if spec else None
+        held = tables.read_table(path, label, labels, classes, MAX_BYTES, N, task != TASKS[0], others)
+        x, shape = as_samples(held.x, spec, mean, std, name=str(path))
+        y = None if held.y is None else as_labels(held.y, len(x), spec, name=f"{path}: the label", task=task)
+        together = as_groups(held.columns[groups], len(x), name=f"{path}: {groups}") if groups else None
+        return Samples(x, y, shape, together, held.columns[weights] if weights else None, held.classes)
     extra = tuple(key for key in (groups, weights) if key)
     arrays = _read_npz(path, ("x", *(("y",) if labels else ()), *extra))
     x, shape = as_samples(arrays["x"], spec, mean, std, name=f"{path}: x")
@@ -277,7 +325,9 @@ def _read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     files.regular_size(path, "a sample file")
     try:
         if not zipfile.is_zipfile(path):
-            raise FileError(f"a sample file must be an .npz archive, but {path} is none")
+            raise FileError(
+                f"a sample file must be an .npz archive, but {path} is none (a .csv or a folder will do too)"
+            )
         with zipfile.ZipFile(path) as archive:
             present = {info.filename: info for info in archive.infolist()}
             for key in keys:
