@@ -383,6 +383,95 @@ def test_external_data(tmp_path: Path) -> None:
         Adapter.load(tmp_path / "adapter", from_onnx(path, "b,h"))
 
 
+# -- several inputs, integers, and a score for every position --------------------------------------------------------
+
+TYPES = {"input_ids": onnx.TensorProto.INT64, "attention_mask": onnx.TensorProto.INT64, "ids": onnx.TensorProto.INT32}
+
+
+def encoder(folder: Path, tokens: bool, length: int | str = 12, names: tuple[str, ...] = tuple(TYPES)[:2]) -> Path:
+    """Words, weighed by a mask if there is one, and a score for each or for all of them."""
+    nodes = [N("Gather", ["E", names[0]], ["e"])]
+    if len(names) > 1:
+        nodes += [
+            N("Cast", [names[1]], ["m"], to=FLOAT),
+            N("Unsqueeze", ["m", "two"], ["m2"]),
+            N("Mul", ["e", "m2"], ["e2"]),
+        ]
+    nodes += [N("MatMul", [nodes[-1].output[0], "w1"], ["a"]), N("Relu", ["a"], ["b"])]
+    nodes += [N("MatMul", ["b", "w2"], ["c"]), N("Tanh", ["c"], ["d"])]
+    if not tokens:
+        nodes.append(N("ReduceMean", ["d"], ["p"], axes=[1], keepdims=0))
+    nodes += [N("MatMul", [nodes[-1].output[0], "w3"], ["z"]), N("Add", ["z", "b3"], ["y"])]
+    constants = {
+        "E": weights(40, 8) * 8, "two": np.array([2]), "w1": weights(8, 12), "w2": weights(12, 10),
+        "w3": weights(10, 5), "b3": weights(5, 1)[:, 0],
+    }  # fmt: skip
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [onnx.helper.make_tensor_value_info(name, TYPES[name], ["n", length]) for name in names],
+        [onnx.helper.make_tensor_value_info("y", FLOAT, ["n", length, 5] if tokens else ["n", 5])],
+        [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
+    onnx.save(made, str(folder / "encoder.onnx"))
+    return folder / "encoder.onnx"
+
+
+def sentences(T: int) -> tuple[Any, Array]:
+    """Words and a mask; each word's class."""
+    rng = np.random.default_rng(T)
+    mask = (np.arange(12) < rng.integers(4, 13, (T, 1))).astype(np.int64)
+    ids = rng.integers(1, 40, (T, 12)) * mask
+    return {"input_ids": ids, "attention_mask": mask}, np.where(rng.random(ids.shape) < 0.1, -100, ids * 7 % 5)
+
+
+def run_all(path: Path, feeds: dict[str, Array]) -> Array:
+    return np.asarray(ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feeds)[0])
+
+
+@pytest.mark.parametrize("length", [12, "s"])
+@pytest.mark.parametrize("tokens", [False, True])
+def test_encoders_of_text(tokens: bool, length: int | str, tmp_path: Path) -> None:
+    path = encoder(tmp_path, tokens, length)
+    shapes = {"input_ids": (12,), "attention_mask": (12,)} if length == "s" else None
+    base = from_onnx(path, input_shape=shapes)
+    assert [tap.shape for tap in base.candidates] == ([(8,), (12,), (10,)] if tokens else [(12, 8), (12, 12), (10,)])
+    assert base.spec.positions == (12 if tokens else 1)
+    x, y = sentences(60)
+    if not tokens:
+        y = y[:, 0] % 5
+    tuner = FineTuner(base).fit(x, y)
+    tuner.adapter.save(tmp_path / "adapter")
+    again = from_onnx(path, like=Adapter.load(tmp_path / "adapter").spec)
+    assert again.hash == base.hash
+    export_onnx(again, Adapter.load(tmp_path / "adapter", again), tmp_path / "out.onnx")
+    onnx.checker.check_model(str(tmp_path / "out.onnx"), full_check=True)
+    close(run_all(tmp_path / "out.onnx", x), tuner.decision_function(x))
+    assert np.abs(run_all(path, x) - tuner.decision_function(x)).max() > 0.1
+    if tokens:
+        assert tuner.score(*sentences(50)) > 0.5
+        assert tuner.predict(x).shape == (60, 12)
+    if length == "s":
+        with pytest.raises(FileError, match=r"leaves \[None\] of 'input_ids' open: give input_shape"):
+            from_onnx(path)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_one_input_of_integers(tokens: bool, tmp_path: Path) -> None:
+    path = encoder(tmp_path, tokens, "s", ("ids",))
+    base = from_onnx(path, input_shape=(12,))
+    assert not base.spec.input_tap
+    assert base.spec.input_shape == (13 if tokens else 12,)
+    x = np.random.default_rng(0).integers(0, 40, (60, 12))
+    tuner = FineTuner(base).fit(x, x * 7 % 5 if tokens else x[:, 0] % 5)
+    assert from_onnx(path, like=tuner.adapter.spec).hash == base.hash
+    export_onnx(base, tuner.adapter, tmp_path / "out.onnx")
+    close(run_all(tmp_path / "out.onnx", {"ids": x.astype(np.int32)}), tuner.decision_function(x))
+    with pytest.raises(FileError, match="must run in onnxruntime"):
+        tuner.predict(x + 40)
+
+
 # -- bad input -------------------------------------------------------------------------------------------------------
 
 

@@ -388,7 +388,7 @@ def test_inputs_in_order_or_by_name() -> None:
     with torch.no_grad():
         close(np.asarray(adapted(torch.from_numpy(image), torch.from_numpy(sound))), a.decision_function(packed))
     with pytest.raises(DataError, match=r"inputs \(image, sound\), not image"):
-        a.predict({"image": image})  # type: ignore[arg-type]
+        a.predict({"image": image})
     with pytest.raises(DataError, match=r"a dict of the network's inputs \(image, sound\)"):
         a.predict(image)
     with pytest.raises(DataError, match=r"sound must be \(T, 2, 5\)"):
@@ -410,6 +410,128 @@ def test_words() -> None:
         tuner.predict(cast(Any, {**x, "input_ids": np.full((40, 12), 40)}))
     with pytest.raises(DataError, match=r"input_ids must be \(T, 12\)"):
         tuner.predict(cast(Any, {k: v[:, :11] for k, v in x.items()}))
+
+
+# -- a score for every position --------------------------------------------------------------------------------------
+
+
+class Tagger(nn.Module):
+    """Words, each scored in the light of its neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.near = nn.Embedding(40, 8), nn.Conv1d(8, 12, 3, padding=1)
+        self.mix, self.classifier = nn.Linear(12, 10), nn.Linear(10, C)
+
+    def forward(self, input_ids: Any, attention_mask: Any) -> Any:
+        x = self.words(input_ids) * attention_mask.unsqueeze(-1)
+        x = torch.relu(self.near(x.transpose(1, 2))).transpose(1, 2)
+        return {"logits": self.classifier(torch.tanh(self.mix(x)))}
+
+
+def tagged(T: int, seed: int = 0) -> tuple[Any, Array]:
+    """Words, and for each a class that follows from it; -100 for one in ten."""
+    x = samples("Bert", T, seed)
+    y = (x["input_ids"] * 7 % C).astype(np.int64)
+    y[np.random.default_rng(seed + 1).random(y.shape) < 0.1] = -100
+    return x, y
+
+
+def tagger(kind: str) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    if kind == "own":
+        return Tagger(), tensors(samples("Bert", 3))
+    tf = pytest.importorskip("transformers", reason="these networks are built from configs of transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    module = tf.BertForTokenClassification(tf.BertConfig(**sizes, vocab_size=40, num_labels=C))
+    nn.init.normal_(module.bert.embeddings.word_embeddings.weight)
+    return module, tensors(samples("Bert", 3))
+
+
+@pytest.mark.parametrize("kind", ["own", "Bert"])
+def test_tokens(kind: str, tmp_path: Path) -> None:
+    module, example = tagger(kind)
+    before = snapshot(module)
+    base = from_torch(module, example)
+    assert base.spec.positions == 12
+    assert base.spec.C == C
+    assert not any(tap.value == "near" for tap in base.candidates)  # it has no value for each position, in its order
+    x, y = tagged(60)
+    tuner = FineTuner(base).fit(x, y)
+    T = int(((y != -100) & (x["attention_mask"] == 1)).sum())
+    assert tuner.judge().n <= T
+    assert tuner.store_ is not None
+    assert tuner.store_.capacity == T
+    decided = tuner.decision_function(x)
+    assert decided.shape == (60, 12, C)
+    assert tuner.predict(x).shape == (60, 12)
+    np.testing.assert_allclose(tuner.predict_proba(x).sum(axis=2), 1, rtol=1e-5)
+    counted = (y != -100) & (x["attention_mask"] == 1)
+    assert tuner.score(x, y) == pytest.approx((tuner.predict(x) == y)[counted].mean())
+    assert tuner.score(*tagged(60, 5)) > 0.3
+    adapted = base.adapted(tuner.adapter_)
+    close(call(adapted, x), decided)
+    same(snapshot(module), before)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(adapted, (), example, dynamic_shapes={name: {0: batch} for name in example})
+    close(call(program.module(), x), decided)
+    tuner.adapter.save(tmp_path / "adapter")
+    again = from_torch(module, example, like=Adapter.load(tmp_path / "adapter").spec)
+    close(FineTuner(again).use(Adapter.load(tmp_path / "adapter", again)).decision_function(x), decided)
+    # what lies under the mask is not learnt from, and no label is needed there
+    wrong = np.where(x["attention_mask"] == 1, y, C + 7)
+    np.testing.assert_array_equal(FineTuner(base).fit(x, wrong).decision_function(x), decided)
+
+
+def test_records_of_positions_are_those_of_the_module() -> None:
+    module, example = tagger("own")
+    base = from_torch(module, example, "mix,classifier")
+    x, _ = tagged(70)
+    rows = np.asarray(base.pack(x))
+    assert rows.shape == (70 * 12, 25)
+    with torch.no_grad():
+        h = torch.relu(module.near((module.words(tensors(x)["input_ids"]) * tensors(x)["attention_mask"][..., None])
+                                   .transpose(1, 2))).transpose(1, 2)  # fmt: skip
+    wanted = np.asarray(h).reshape(-1, 12)
+    close(base.records(rows)[:, :12], wanted)
+    some = np.random.default_rng(0).permutation(len(rows))[:300]
+    np.testing.assert_array_equal(base.records(rows[some])[:, :12], base.records(rows)[some, :12])
+
+
+@pytest.mark.parametrize("method", ["skip2-lora", "skip-lora", "lora-last"])
+def test_steps_on_tokens(method: str) -> None:
+    base = from_torch(*tagger("own"))
+    x, y = tagged(40)
+    tuner = FineTuner(base, method=method, epochs=3).fit(x, y)
+    assert tuner.score(x, y) > 1 / C
+    stream = FineTuner(base, method=method).partial_fit(x, y).partial_fit(x, y)
+    assert stream.decision_function(x).shape == (40, 12, C)
+
+
+def test_weights_and_groups_of_sentences() -> None:
+    base = from_torch(*tagger("own"))
+    x, y = tagged(40)
+    half: Any = {k: v[:20] for k, v in x.items()}
+    twice: Any = {k: np.concatenate([v[:20], v[:20]]) for k, v in x.items()}
+    groups = np.arange(20)
+    a = FineTuner(base).fit(twice, np.concatenate([y[:20], y[:20]]), groups=np.tile(groups, 2))
+    b = FineTuner(base).fit(half, y[:20], np.full(20, 2.0), groups=groups)
+    assert a.decision_function(x).shape == b.decision_function(x).shape
+    for wrong in ({"groups": np.arange(39)}, {"sample_weight": np.ones(480)}):
+        with pytest.raises(DataError, match=r"must be \(40,\), one a sample"):
+            FineTuner(base).fit(x, y, **wrong)
+
+
+def test_labels_of_tokens_that_cannot_be_used() -> None:
+    base = from_torch(*tagger("own"))
+    x, y = tagged(40)
+    for wrong in (y[:, :11], y[:39], y.reshape(-1), y[:, 0]):
+        with pytest.raises(DataError, match=r"y must be \(40, 12\), one label a position \(-100: none\), not"):
+            FineTuner(base).fit(x, wrong)
+    with pytest.raises(DataError, match="a label other than -100"):
+        FineTuner(base).fit(x, np.full_like(y, -100))
+    with pytest.raises(DataError, match="y must be 0 to 4"):
+        FineTuner(base).fit(x, np.where(y == 4, 5, y))
 
 
 # -- what comes out --------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .adapters import Adapter
-from .backbones.builtin import Network
+from .backbones.builtin import Given, Labelled, Network
 from .cache.codecs import codec
 from .cache.store import Store, memory_store, open_store
 from .claims import UNKNOWN, signed
@@ -257,7 +257,7 @@ class FineTuner:
 
     def fit(
         self: Self,
-        x: ArrayLike,
+        x: Given,
         y: ArrayLike,
         sample_weight: ArrayLike | None = None,
         *,
@@ -267,9 +267,10 @@ class FineTuner:
         """Fine-tune on samples from the start. They are numbered 0 … T-1 for the cache.
 
         Args:
-            x: float or uint8, (T, N), (T, channels, height, width) or (T, height, width).
+            x: float or uint8, (T, N), (T, channels, height, width) or (T, height, width); of a network with several
+                inputs, a dict of arrays by their names.
             y: (T,) integers from 0 to C-1; of regression (T, C) numbers, or (T,) for one output; of multi-label (T, C)
-                zeros and ones.
+                zeros and ones. Of a network that scores P positions (T, P), with -100 where there is no label.
             sample_weight: (T,) numbers above 0: how much each sample counts, in what is fitted, in what is chosen, and
                 to the gate. Only their ratios matter. None: all alike.
             groups: (T,) a label a sample: the recording, the person, the stretch of time it is from. Samples of a group
@@ -281,8 +282,8 @@ class FineTuner:
             UsageError: an argument is out of range.
             DivergedError: the loss became NaN or Inf; an earlier adapter stays.
         """
-        rows, labels = self._samples(x, y)
-        return self.fit_prepared(rows, labels, sample_weight, groups=groups, progress=progress)
+        rows, labels, together, weights = self._samples(x, y, groups, sample_weight)
+        return self.fit_prepared(rows, labels, weights, groups=together, progress=progress)
 
     def fit_prepared(
         self: Self,
@@ -324,7 +325,7 @@ class FineTuner:
 
     def partial_fit(
         self: Self,
-        x: ArrayLike,
+        x: Given,
         y: ArrayLike,
         sample_weight: ArrayLike | None = None,
         *,
@@ -350,7 +351,7 @@ class FineTuner:
             m = self.method_  # what was picked goes on
         if self.cache_file is not None:
             raise UsageError("a cache_file must belong to one data set: use fit, or partial_fit without cache_file")
-        rows, labels = self._samples(x, y)
+        rows, labels, _, weights = self._samples(x, y, None, sample_weight)
         first = getattr(self, "next_number_", 0)
         if numbers is not None:
             given = _numbers(numbers, len(rows))
@@ -359,7 +360,6 @@ class FineTuner:
         else:
             raise DataError(f"numbers must be at most 2^63-2, but the next is {first}: give numbers")
         next_number = max(first, int(given.max()) + 1)
-        weights = None if sample_weight is None else as_array(sample_weight, "sample_weight")
         samples = _Samples(rows, self._targets(labels, weights), given, None, weights)
         if m.solver == "ridge":
             self._update(samples, next_number)
@@ -429,46 +429,43 @@ class FineTuner:
         self.n_features_in_ = self.base.spec.geometry[0].N
         return self
 
-    def decision_function(self, x: ArrayLike) -> Floats:
-        """Logits (T, C) float32; of regression the predicted numbers.
+    def decision_function(self, x: Given) -> Floats:
+        """Logits (T, C) float32; of regression the predicted numbers; (T, P, C) of a network that scores P positions.
 
         Raises:
             UsageError: nothing was fitted yet.
             MismatchError: `base` was replaced since.
         """
-        adapter = self._plain()
-        adapter.check_base(self.base)
-        rows, _ = as_samples(self.base.pack(x), self.base.spec, self.base.mean, self.base.std)
-        tensors = {**self.base.tensors, **adapter.tensors}
-        return forward(self._engine(), self.base.spec, tensors, rows, self.threads)
+        return np.asarray(self.base.shaped(self._outputs(self._rows(x))))
 
-    def predict_proba(self, x: ArrayLike) -> Floats:
-        """Probabilities (T, C) float32 of the classes, or of each label.
+    def predict_proba(self, x: Given) -> Floats:
+        """Probabilities (T, C) float32 of the classes, or of each label; (T, P, C) as above.
 
         Raises:
             UsageError: numbers have none.
         """
-        return np.asarray(probabilities(self.task, self.decision_function(x)))
+        return np.asarray(self.base.shaped(probabilities(self.task, self._outputs(self._rows(x)))))
 
-    def predict(self, x: ArrayLike) -> NDArray[Any]:
-        """Classes (T,), 0 … C-1; labels (T, C), 0 or 1; or numbers (T, C) float32, (T,) where there is one output."""
-        outputs = self.decision_function(x)
+    def predict(self, x: Given) -> NDArray[Any]:
+        """Classes (T,), 0 … C-1; labels (T, C), 0 or 1; or numbers (T, C) float32, (T,) where there is one output; each
+        of P positions, where the network scores such."""
+        outputs = self._outputs(self._rows(x))
         if self.task == "regression":
-            return outputs[:, 0] if outputs.shape[1] == 1 else outputs
-        if self.task == "multi-label":
-            return (outputs > 0).astype(np.int64)
-        return np.asarray(np.argmax(outputs, axis=1), np.int64)
+            said: NDArray[Any] = outputs[:, 0] if outputs.shape[1] == 1 else outputs
+        elif self.task == "multi-label":
+            said = (outputs > 0).astype(np.int64)
+        else:
+            said = np.asarray(np.argmax(outputs, axis=1), np.int64)
+        return self.base.shaped(said)
 
-    def score(self, x: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
+    def score(self, x: Given, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
         """Accuracy; of regression R², averaged over the outputs; of multi-label the share of labels that are right.
 
         Args:
             sample_weight: (T,) how much each sample counts; None: all alike.
         """
-        outputs = self.decision_function(x)
-        labels = as_labels(y, len(outputs), self.base.spec, task=self.task)
-        weights = None if sample_weight is None else as_array(sample_weight, "sample_weight")
-        return targets(labels, self.base.spec.C, self.task, sample_weight=weights).score(outputs)
+        rows, labels, _, weights = self._samples(x, y, None, sample_weight)
+        return targets(labels, self.base.spec.C, self.task, sample_weight=weights).score(self._outputs(rows))
 
     # -- what else an adapted network can be asked -------------------------------------------------------------------
 
@@ -670,9 +667,22 @@ class FineTuner:
         named = self.engine is None or isinstance(self.engine, str)
         return self.base.bind(get_engine(self.engine) if named else self.engine)  # type: ignore[arg-type]
 
-    def _samples(self, x: ArrayLike, y: ArrayLike) -> tuple[Floats, NDArray[Any]]:
+    def _rows(self, x: Given) -> Floats:
         rows, _ = as_samples(self.base.pack(x), self.base.spec, self.base.mean, self.base.std)
-        return rows, as_labels(y, len(rows), self.base.spec, task=self.task)
+        return rows
+
+    def _samples(self, x: Given, y: ArrayLike, groups: ArrayLike | None, weights: ArrayLike | None) -> Labelled:
+        """Rows, and labels, groups and weights of each."""
+        weighed = None if weights is None else as_array(weights, "sample_weight")
+        rows, labels, together, weighed = self.base.flat(self._rows(x), as_array(y, "y"), groups, weighed)
+        return rows, as_labels(labels, len(rows), self.base.spec, task=self.task), together, weighed
+
+    def _outputs(self, rows: Floats) -> Floats:
+        """Logits of rows (n, N), (n, C)."""
+        adapter = self._plain()
+        adapter.check_base(self.base)
+        tensors = {**self.base.tensors, **adapter.tensors}
+        return forward(self._engine(), self.base.spec, tensors, rows, self.threads)
 
     def _targets(self, y: NDArray[Any], sample_weight: NDArray[Any] | None) -> Targets:
         return targets(

@@ -25,9 +25,15 @@ from ..errors import FileError, UsageError
 from ..methods import Method
 from ..spec import LayerSpec, NetSpec
 
-__all__ = ["FORMAT", "VERSION", "Network", "embeddings"]
+__all__ = ["FORMAT", "VERSION", "Given", "Labelled", "Network", "embeddings"]
 
 Floats = NDArray[np.float32]
+
+Given = ArrayLike | Mapping[str, Any]
+"""Samples as a caller has them: an array, or arrays by the names of a network's inputs."""
+
+Labelled = tuple[Floats, NDArray[Any], Any, Any]
+"""Rows, and labels, groups and weights of each."""
 
 FORMAT = "instantft-base"
 VERSION = "1"
@@ -114,9 +120,27 @@ class Network:
         """The engine that runs this network: `engine` itself, for networks of our own."""
         return engine
 
-    def pack(self, x: Any) -> ArrayLike:
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Under which names a sample file has what the network takes."""
+        return ("x",)
+
+    def pack(self, x: Given) -> ArrayLike:
         """Samples as one array; networks of our own take nothing else."""
-        return x  # type: ignore[no-any-return]
+        return x  # type: ignore[return-value]
+
+    def flat(self, rows: Floats, y: NDArray[Any], groups: Any = None, weights: Any = None) -> Labelled:
+        """What there is to learn from, a row a record: of networks that score whole samples, all that is given.
+
+        Args:
+            rows: as `pack` and `data.as_samples` yield them.
+            y, groups, weights: of each sample; groups and weights may be None.
+        """
+        return rows, y, groups, weights
+
+    def shaped(self, values: NDArray[Any]) -> NDArray[Any]:
+        """What is said of records, as the caller knows samples."""
+        return values
 
     def check_method(self, m: Method) -> None:
         """See that this network can be adapted by a method; those of our own can be by all.

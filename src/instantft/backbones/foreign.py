@@ -32,7 +32,7 @@ from ..engine.dense import Dense
 from ..errors import DataError, InstantFTError, UsageError
 from ..methods import Method
 from ..spec import MAX_LAYERS, MAX_WIDTH, LayerSpec, NetSpec
-from .builtin import Network
+from .builtin import Given, Labelled, Network
 
 __all__ = [
     "BATCH", "BUDGET", "PROBED", "ForeignNetwork", "Input", "Tap", "choose", "positions_of", "row_shape", "shares",
@@ -195,7 +195,12 @@ class ForeignNetwork(Network):
         """Whether samples are what they are everywhere: one input, of measured values."""
         return len(self.inputs) == 1 and not self.inputs[0].whole
 
-    def pack(self, x: Any) -> ArrayLike:
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """See Network.keys: of several inputs, their names."""
+        return ("x",) if len(self.inputs) == 1 else tuple(i.name for i in self.inputs)
+
+    def pack(self, x: Given) -> ArrayLike:
         """Samples as one array, a row each; of a network that scores positions, a row for each of those.
 
         Args:
@@ -205,7 +210,10 @@ class ForeignNetwork(Network):
         Raises:
             DataError: an input is missing, or not as the network takes it.
         """
-        if isinstance(x, Mapping):
+        given: list[Any]
+        if isinstance(x, Mapping) and len(self.inputs) == 1 and set(x) == set(self.keys):
+            given = list(x.values())
+        elif isinstance(x, Mapping):
             if set(x) != {i.name for i in self.inputs}:
                 raise DataError(
                     f"x must have the network's inputs ({', '.join(i.name for i in self.inputs)}), "
@@ -242,22 +250,43 @@ class ForeignNetwork(Network):
         except (ValueError, TypeError, RuntimeError) as e:
             raise DataError(f"x must be an array, but is none: {' '.join(str(e).split())[:120]}") from None
 
-    def counted(self, rows: Floats, y: NDArray[Any]) -> NDArray[np.bool_]:
-        """Which records are there to learn from: those whose label is not IGNORED, and that are not masked.
+    def flat(self, rows: Floats, y: NDArray[Any], groups: Any = None, weights: Any = None) -> Labelled:
+        """See Network.flat. Positions whose label is IGNORED, or that are masked, are left out; where no groups are
+        named, those of a sample are a group.
 
         Args:
-            rows: (T·P, N), as `pack` yields them.
-            y: (T, P) labels.
+            rows: (T·P, N).
+            y: (T, P) labels, or (T, P, C) of several outputs.
+            groups, weights: (T,), or None.
 
         Raises:
-            DataError: there is no label for each position, or none is left.
+            DataError: there is no label for each position, or none is left; or groups or weights are not one a sample.
         """
         P = self.spec.positions
-        if y.shape != (len(rows) // P, P):
-            raise DataError(
-                f"y must be ({len(rows) // P}, {P}), one label a position ({IGNORED}: none), not {tuple(y.shape)}"
-            )
-        counts: NDArray[np.bool_] = y.reshape(-1) != IGNORED
+        if P == 1:
+            return rows, y, groups, weights
+        T = len(rows) // P
+        if y.shape[:2] != (T, P):
+            raise DataError(f"y must be ({T}, {P}), one label a position ({IGNORED}: none), not {tuple(y.shape)}")
+        for name, values in (("groups", groups), ("weights", weights)):
+            if values is not None and np.shape(values) != (T,):
+                raise DataError(f"{name} must be ({T},), one a sample, not {list(np.shape(values))}")
+        counts = self._counted(rows, y)
+        told = [None if v is None else np.repeat(np.asarray(v), P)[counts] for v in (groups, weights)]
+        if groups is None:
+            of = np.repeat(np.arange(T), P)[counts]
+            told[0] = of if of[0] != of[-1] else None
+        return rows[counts], y.reshape(T * P, *y.shape[2:])[counts], told[0], told[1]
+
+    def shaped(self, values: NDArray[Any]) -> NDArray[Any]:
+        """See Network.shaped: (T·P, …) as (T, P, …)."""
+        P = self.spec.positions
+        return values if P == 1 else values.reshape(len(values) // P, P, *values.shape[1:])
+
+    def _counted(self, rows: Floats, y: NDArray[Any]) -> NDArray[np.bool_]:
+        """Which records have a label and are not masked."""
+        P = self.spec.positions
+        counts: NDArray[np.bool_] = np.ones(len(rows), bool) if y.ndim > 2 else y.reshape(-1) != IGNORED
         at = 0
         for i in self.inputs:
             if i.name == MASK and i.shape == (P,):
