@@ -196,7 +196,8 @@ NB_MODULE(_core, m) {
             [](const Core &c, const Plan &p, Array<float> params, Array<float> grads, Array<float> velocity,
                Array<const float> frozen, Array<const float> x, Array<const int32_t> labels, Array<const int64_t> numbers,
                bool cached, Array<uint8_t> store, Array<int64_t> owner, Array<float> ws, float lr, float momentum,
-               Array<const int32_t> order, Array<double> loss, Array<int64_t> correct) {
+               Array<const int32_t> order, Array<double> loss, Array<int64_t> correct, Array<const float> targets,
+               Array<const float> weights, int kind) {
                 need_buffers(p, frozen, x, ws);
                 size_t n = static_cast<size_t>(p.plan.params);
                 need(params.size() >= n && (grads.size() >= n || !p.plan.general), "parameters too small for the plan");
@@ -205,6 +206,10 @@ NB_MODULE(_core, m) {
                 need(labels.size() == x.shape(0) && numbers.size() == x.shape(0), "one label and number a sample");
                 need(order.ndim() == 2 && loss.size() >= order.shape(0) && correct.size() >= order.shape(0),
                      "order must be (E, T)");
+                need(targets.size() == 0 || (targets.size() == x.shape(0) * static_cast<size_t>(p.plan.C) &&
+                                             weights.size() == x.shape(0)),
+                     "a target for every sample and output, and a weight for every sample");
+                need(IFT_SOFTMAX <= kind && kind <= IFT_SQUARED, "no such loss");
                 ift_job job = {};
                 job.params = params.data(), job.grads = grads.data(), job.frozen = frozen.data();
                 job.velocity = velocity.size() ? velocity.data() : nullptr;
@@ -214,6 +219,8 @@ NB_MODULE(_core, m) {
                 job.store = store.data(), job.owner = owner.data();
                 job.capacity = cached ? static_cast<int64_t>(owner.size()) : 0;
                 job.workspace = ws.data(), job.lr = lr, job.momentum = momentum;
+                job.targets = targets.size() ? targets.data() : nullptr;
+                job.weights = weights.data(), job.loss = kind;
                 int64_t diverged = 0;
                 {
                     nb::gil_scoped_release release;

@@ -209,12 +209,13 @@ static int64_t epochs(const ift_plan *p, ift_job *job, const int32_t *order, int
                 step++;
                 double batch;
                 if (p->general) {
-                    batch = general_step(p, job, S, c.x + b, c.rec + b, labels, &correct[e]);
+                    batch = general_step(p, job, S, c.x + b, c.rec + b, order + i + b, labels, &correct[e]);
                 } else {
                     int64_t after = i + b + S;
                     const float **ahead = far && T - after >= S ? next : NULL; /* a full batch follows in this epoch */
                     if (ahead) look_ahead(job, order + after, S, c.rec + b, ahead);
-                    batch = skip_step(p, job, S, c.x + b, c.rec + b, ahead, ahead ? ahead + S : NULL, labels, &correct[e]);
+                    batch = skip_step(p, job, S, c.x + b, c.rec + b, ahead, ahead ? ahead + S : NULL, order + i + b, labels,
+                                      &correct[e]);
                 }
                 if (!isfinite(batch)) return step;
                 loss[e] += batch;

@@ -460,7 +460,7 @@ static void sgd(ift_job *job, const ift_tensor *t) {
 }
 
 static double general_step(const ift_plan *p, ift_job *job, int S, const float *const *x, const float *const *rec,
-                           const int32_t *labels, int64_t *correct) {
+                           const int32_t *rows, const int32_t *labels, int64_t *correct) {
     float *ws = job->workspace, *z = ws + p->ws_z;
     const ift_layer *last = &p->layer[p->L - 1];
     int ld = (int)ift_pad(S);
@@ -472,7 +472,7 @@ static double general_step(const ift_plan *p, ift_job *job, int S, const float *
     for (int c = 0; c < p->C; c++)
         for (int s = S; s < ld; s++) z[(ptrdiff_t)c * ld + s] = 0;
     int64_t hits = 0;
-    double loss = softmax_loss(p->C, S, ld, labels, 1.0f / (float)S, z, z + (ptrdiff_t)p->C * ld, &hits);
+    double loss = batch_loss(job, p->C, S, ld, rows, labels, 1.0f / (float)S, z, z + (ptrdiff_t)p->C * ld, &hits);
     if (!isfinite(loss)) return loss;
     *correct += hits;
     for (int k = p->first; k < p->L; k++)

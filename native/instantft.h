@@ -140,6 +140,12 @@ enum { IFT_BLOCK_SCALES = 256 }; /* scales a blocked codec may have */
 int64_t ift_codec_memory(const ift_plan *plan, int32_t id);
 int ift_codec_init(ift_codec *codec, const ift_plan *plan, int32_t id, void *memory);
 
+/* What is minimised, of logits z and targets t of a sample of weight w:
+ *   IFT_SOFTMAX  w·(log Σ exp z − Σ t·z)                      t sums to 1
+ *   IFT_SIGMOID  w·Σ (log(1 + exp z) − t·z) / C               t from 0 to 1
+ *   IFT_SQUARED  w·Σ (z − t)² / C */
+enum ift_loss { IFT_SOFTMAX = 0, IFT_SIGMOID = 1, IFT_SQUARED = 2 };
+
 /* One fine-tuning: everything the epochs need. Pointers stay the caller's. */
 typedef struct ift_job {
     float *params;
@@ -157,6 +163,9 @@ typedef struct ift_job {
     float *workspace;       /* plan->workspace floats, 64-byte aligned */
     float lr, momentum;
     int64_t hits, misses;
+    const float *targets; /* (rows of x, C), tight; NULL: labels as one-hot, all of weight 1, and IFT_SOFTMAX */
+    const float *weights; /* a row of x each; with targets only */
+    int32_t loss;         /* an ift_loss; with targets only */
 } ift_job;
 
 /* Bytes of workspace (64-byte aligned) that the dense algebra of the closed form needs, however large its matrices. */

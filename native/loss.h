@@ -1,4 +1,4 @@
-/* Softmax and cross-entropy, with samples side by side: C vectors instead of S rows of C. */
+/* Softmax and cross-entropy, with samples side by side: C vectors instead of S rows of C; and the losses of ift_loss. */
 #ifndef IFT_LOSS_H
 #define IFT_LOSS_H
 
@@ -75,6 +75,63 @@ static double softmax_loss(int C, int S, int ld, const int32_t *y, float scale, 
         loss += log((part[0] * part[1]) * (part[2] * part[3]));
     }
     return loss;
+}
+
+/* z (C, ld) becomes dloss/dz·scale for the losses of ift_loss; lanes past S become 0. rows: of the S samples, in x and in
+ * job->targets. Returns the sum of the losses and adds to *correct: the largest logit where the largest target is, all
+ * logits on the right side of 0, or nothing. A value at a time: targets lie in rows, and few ask for this. */
+static double target_loss(const ift_job *job, int C, int S, int ld, const int32_t *rows, float scale, float *z,
+                          int64_t *correct) {
+    double loss = 0;
+    for (int s = 0; s < S; s++) {
+        const float *t = job->targets + (int64_t)rows[s] * C;
+        float w = job->weights[rows[s]] * scale, *at = z + s, best = at[0];
+        double part = 0, weight = (double)job->weights[rows[s]];
+        int own = 0, first = 0, right = 1;
+        for (int c = 1; c < C; c++) {
+            if (at[(ptrdiff_t)c * ld] > best) best = at[(ptrdiff_t)c * ld], first = c;
+            if (t[c] > t[own]) own = c;
+        }
+        if (job->loss == IFT_SOFTMAX) {
+            float sum = 0;
+            for (int c = 0; c < C; c++) {
+                float *v = at + (ptrdiff_t)c * ld, shifted = *v - best;
+                part -= (double)t[c] * (double)shifted;
+                *v = expf(shifted);
+                sum += *v;
+            }
+            part += log((double)sum);
+            for (int c = 0; c < C; c++) at[(ptrdiff_t)c * ld] = (at[(ptrdiff_t)c * ld] / sum - t[c]) * w;
+            *correct += first == own;
+        } else if (job->loss == IFT_SIGMOID) {
+            for (int c = 0; c < C; c++) {
+                float *v = at + (ptrdiff_t)c * ld, y = *v, e = expf(-fabsf(y)), p = y < 0 ? e / (1 + e) : 1 / (1 + e);
+                part += (double)log1pf(e) + (double)(y > 0 ? y : 0) - (double)t[c] * (double)y;
+                right &= (y > 0) == (t[c] > 0.5f);
+                *v = (p - t[c]) * (w / (float)C);
+            }
+            part /= C;
+            *correct += right;
+        } else {
+            for (int c = 0; c < C; c++) {
+                float *v = at + (ptrdiff_t)c * ld, d = *v - t[c];
+                part += (double)d * (double)d;
+                *v = d * (2 * w / (float)C);
+            }
+            part /= C;
+        }
+        loss += weight * part;
+    }
+    for (int c = 0; c < C; c++)
+        for (int s = S; s < ld; s++) z[(ptrdiff_t)c * ld + s] = 0;
+    return loss;
+}
+
+/* The loss of a batch: what `softmax_loss` does, unless targets are given. */
+INLINE double batch_loss(const ift_job *job, int C, int S, int ld, const int32_t *rows, const int32_t *y, float scale,
+                         float *z, float *total, int64_t *correct) {
+    if (job->targets) return target_loss(job, C, S, ld, rows, scale, z, correct);
+    return softmax_loss(C, S, ld, y, scale, z, total, correct);
 }
 
 /* (C, ld) to rows (S, Cp). */

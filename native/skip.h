@@ -43,8 +43,8 @@ static void skip_velocity(const ift_plan *p, const ift_job *job, int move) {
 
 /* One batch: forward, loss, backward, update. Returns the loss sum; *finite 0 and nothing updated if it is not. */
 static double skip_step(const ift_plan *p, ift_job *job, int S, const float *const *x, const float *const *rec,
-                        const float *const *next_x, const float *const *next_rec, const int32_t *labels,
-                        int64_t *correct) {
+                        const float *const *next_x, const float *const *next_rec, const int32_t *rows,
+                        const int32_t *labels, int64_t *correct) {
     float *ws = job->workspace, *params = job->params;
     int ld = (S + IFT_VL - 1) / IFT_VL * IFT_VL;
 #if IFT_VL < 4
@@ -54,7 +54,7 @@ static double skip_step(const ift_plan *p, ift_job *job, int S, const float *con
     int J = (p->L - p->skip_first) * p->Rp;
     skip_logits(p, params, S, ld, x, rec, h, z);
     int64_t hits = 0;
-    double loss = softmax_loss(p->C, S, ld, labels, -job->lr / (float)S, z, z + (ptrdiff_t)p->C * ld, &hits);
+    double loss = batch_loss(job, p->C, S, ld, rows, labels, -job->lr / (float)S, z, z + (ptrdiff_t)p->C * ld, &hits);
     if (!isfinite(loss)) return loss;
     *correct += hits;
     /* z now holds −lr/B · dL/dy, so every update below is an addition, to the parameters or to their velocity */

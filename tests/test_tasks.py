@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from instantft.errors import DataError, UsageError
-from instantft.tasks import METRICS, TASKS, Targets, as_targets, check_task, class_weights, targets
+from instantft.tasks import METRICS, TASKS, Targets, as_targets, check_task, class_weights, loss_and_gradient, targets
 
 Y = np.array([0, 0, 0, 1, 2, 2], np.int32)
 
@@ -125,3 +125,33 @@ def test_class_weights_of_no_class() -> None:
     assert class_weights("balanced", np.array([1, 1], np.int32), 2)[1] == 1
     assert check_task("regression") == "regression"
     assert isinstance(targets(Y, 3), Targets)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradients_are_those_of_differences(task: Any, weighted: bool) -> None:
+    """In float64, where differences of 1e-6 leave about 1e-9; smoothed targets are float32 and sum to 1 ± 1e-7."""
+    rng = np.random.default_rng(0)
+    y = {
+        "classification": rng.integers(0, 4, 7).astype(np.int32),
+        "regression": rng.normal(size=(7, 4)).astype(np.float32),
+        "multi-label": rng.integers(0, 2, (7, 4)).astype(np.float32),
+    }[task]
+    weights = rng.uniform(0.5, 2, 7) if weighted else None
+    goal = targets(y, 4, task, sample_weight=weights, smoothing=0.0 if task == "regression" else 0.2)
+    z = 3 * rng.normal(size=(7, 4))
+    losses, g = loss_and_gradient(goal, z)
+    h = 1e-6
+    for c in range(4):
+        up, down = (loss_and_gradient(goal, z + s * h * np.eye(4)[c])[0] for s in (1, -1))
+        assert g[:, c] == pytest.approx((up - down) / (2 * h), abs=1e-6)
+    assert losses.min() > 0
+
+
+def test_losses_of_large_logits_are_finite() -> None:
+    z = np.array([[1e4, -1e4]], np.float32)
+    for task, y in (("classification", [1]), ("multi-label", [[0, 1]])):
+        goal = targets(np.array(y, np.int32 if task == "classification" else np.float32), 2, task)  # type: ignore[arg-type]
+        loss, g = loss_and_gradient(goal, z)
+        assert loss[0] == pytest.approx(2e4 if task == "classification" else 1e4)
+        assert np.isfinite(g).all()

@@ -61,6 +61,9 @@ class Core:
         order: NDArray[np.int32],
         loss: NDArray[np.float64],
         correct: NDArray[np.int64],
+        targets: F32,
+        weights: F32,
+        kind: int,
     ) -> tuple[int, int, int]: ...
     def encode(self, plan: Plan, row: F32, out: NDArray[np.uint8], scratch: NDArray[np.uint8]) -> None: ...
     def decode(self, plan: Plan, data: NDArray[np.uint8], row: F32) -> None: ...

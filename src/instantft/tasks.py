@@ -22,7 +22,17 @@ from numpy.typing import NDArray
 
 from .errors import DataError, UsageError
 
-__all__ = ["METRICS", "TASKS", "Targets", "Task", "as_targets", "check_task", "class_weights", "targets"]
+__all__ = [
+    "METRICS",
+    "TASKS",
+    "Targets",
+    "Task",
+    "as_targets",
+    "check_task",
+    "class_weights",
+    "loss_and_gradient",
+    "targets",
+]
 
 Array = NDArray[Any]
 Doubles = NDArray[np.float64]
@@ -75,6 +85,13 @@ class Targets:
         if self.by_class is not None:
             known["class_weights"] = self.by_class.tolist()
         return {**({"task": self.task} if self.task != "classification" else {}), **known}
+
+    def hits(self, logits: Array) -> int:
+        """How many samples are told rightly: their class, or all of their labels; 0 of numbers."""
+        if self.task == "regression":
+            return 0
+        right = self.right(logits)
+        return int((right if right.ndim == 1 else right.all(axis=1)).sum())
 
     def at(self, rows: Array | slice) -> Targets:
         """Those of some samples, with weights, centre and spread as they are."""
@@ -159,6 +176,36 @@ def check_task(task: object) -> Task:
     if task not in TASKS:
         raise UsageError(f"task must be one of {', '.join(TASKS)}, not {task!r:.60}")
     return task
+
+
+def loss_and_gradient(goal: Targets, z: Array) -> tuple[Doubles, Array]:
+    """The losses (T,) of logits z (T, C), each times its weight, and their gradient (T, C), by the soft targets t:
+
+        classification   w·(log Σ exp z − Σ t·z)                   w·(softmax(z) − t)
+        multi-label      w·Σ (log(1 + exp z) − t·z) / C            w·(σ(z) − t) / C
+        regression       w·Σ (z − t)² / C                          w·2·(z − t) / C
+
+    In the type of z; the losses are summed in float64.
+    """
+    t = goal.soft.astype(z.dtype)
+    w = np.ones(len(goal)) if goal.weights is None else goal.weights
+    C = z.dtype.type(goal.C)
+    if goal.task == "classification":
+        shifted = z - z.max(axis=1, keepdims=True)
+        p = np.exp(shifted)
+        total = p.sum(axis=1, keepdims=True)
+        told = np.multiply(t, shifted, where=t > 0, out=np.zeros_like(shifted))  # where t is 0, −Inf is nothing
+        loss = np.log(total[:, 0], dtype=np.float64) - told.sum(axis=1, dtype=np.float64)
+        g = p / total - t
+    elif goal.task == "multi-label":
+        e = np.exp(-np.abs(z))
+        loss = (np.log1p(e) + np.maximum(z, 0) - t * z).mean(axis=1, dtype=np.float64)
+        g = (np.where(z < 0, e, 1) / (1 + e) - t) / C
+    else:
+        d = z - t
+        loss = (d * d).mean(axis=1, dtype=np.float64)
+        g = 2 * d / C
+    return loss * w, np.asarray(g * w[:, None].astype(z.dtype))
 
 
 def as_targets(y: Array | Targets, C: int) -> Targets:

@@ -151,7 +151,8 @@ class FineTuner:
     Attributes:
         adapter_: the adapter.
         method_: the row that was picked.
-        history_: {"loss", "accuracy"}, a value an epoch; empty lists for skip-ridge, which has none.
+        history_: {"loss", "accuracy"}, a value an epoch; empty lists for skip-ridge, which has none. Of labels the
+            accuracy is the share of samples that are wholly right; numbers have none.
         result_: `solvers.sgd.FitResult` or `solvers.ridge.RidgeResult` of the last call; in a stream of skip-ridge, of
             the last choice.
         store_: the cache, or None.
@@ -916,7 +917,11 @@ def _flushed(store: Store | None) -> Iterator[None]:
 def _history(result: Result, T: int) -> dict[str, list[float]]:
     if isinstance(result, RidgeResult):
         return {"loss": [], "accuracy": []}
-    return {"loss": result.stats.loss.tolist(), "accuracy": (result.stats.correct / T).tolist()}
+    told = result.adapter.task != "regression"
+    return {
+        "loss": result.stats.loss.tolist(),
+        "accuracy": (result.stats.correct / T).tolist() if told else [],
+    }
 
 
 def _numbers(numbers: ArrayLike, T: int) -> NDArray[np.int64]:

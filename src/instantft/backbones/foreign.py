@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import lift
 from ..cache.store import Store, memory_store
-from ..engine import Engine, Floats, Tensors, Trainer
+from ..engine import Engine, Floats, Labels, Tensors, Trainer
 from ..engine.dense import Dense
 from ..errors import DataError, InstantFTError, UsageError
 from ..methods import Method
@@ -538,7 +538,7 @@ class _ForeignEngine:
         method: Method,
         rank: int,
         x: Floats,
-        y: NDArray[np.int32],
+        y: Labels,
         *,
         numbers: NDArray[np.int64],
         store: Store | None,

@@ -374,7 +374,7 @@ def finetune(
     if store and store.damaged:
         result["cache"]["damaged"] = store.damaged
     if history:
-        result["history"] = history_of(fitted.stats, T) if isinstance(fitted, FitResult) else []
+        result["history"] = history_of(fitted.stats, T, wanted != "regression") if isinstance(fitted, FitResult) else []
     if as_json:
         return print_json(result)
     if result.get("history"):

@@ -46,13 +46,17 @@ def percent(fraction: float | None) -> str:
     return "–" if fraction is None else f"{fraction:.1%}"
 
 
-def history_of(stats: EpochStats, T: int) -> list[dict[str, float]]:
+def history_of(stats: EpochStats, T: int, told: bool = True) -> list[dict[str, Any]]:
+    """A row an epoch; told: whether samples are told rightly or wrongly, as numbers are not."""
     pairs = zip(stats.loss.tolist(), stats.correct.tolist(), strict=True)
-    return [{"epoch": e + 1, "loss": loss, "accuracy": correct / T} for e, (loss, correct) in enumerate(pairs)]
+    return [
+        {"epoch": e + 1, "loss": loss, "accuracy": correct / T if told else None}
+        for e, (loss, correct) in enumerate(pairs)
+    ]
 
 
 def print_history(history: Any) -> None:
     from ..table import format_table
 
-    rows = [(h["epoch"], f"{h['loss']:.4f}", f"{h['accuracy']:.2%}") for h in history]
+    rows = [(h["epoch"], f"{h['loss']:.4f}", "–" if h["accuracy"] is None else f"{h['accuracy']:.2%}") for h in history]
     click.echo(format_table(("epoch", "loss", "accuracy"), rows) + "\n")

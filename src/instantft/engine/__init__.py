@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from ..cache.store import Store
 from ..errors import EngineError, UsageError
 from ..methods import Method
 from ..spec import NetSpec
+from ..tasks import Targets
 from .dense import Dense
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Engine",
     "EpochStats",
     "Floats",
+    "Labels",
     "Progress",
     "Tensors",
     "Trainer",
@@ -42,6 +44,9 @@ __all__ = [
 
 Floats = NDArray[np.float32]
 Tensors = Mapping[str, Floats]
+
+Labels = NDArray[np.integer[Any]] | Targets
+"""Classes (T,) that count alike, or anything that `tasks` knows."""
 
 Progress = Callable[[float], None]
 """Told now and then how much is done."""
@@ -59,8 +64,9 @@ class EpochStats:
     """What whole epochs of training saw.
 
     Attributes:
-        loss: (E,) float64, mean cross-entropy over the samples of each epoch, measured as they were trained on.
-        correct: (E,) int64, how many samples of each epoch were classified correctly before their step.
+        loss: (E,) float64, mean loss over the samples of each epoch, measured as they were trained on.
+        correct: (E,) int64, how many samples of each epoch were told rightly before their step: their class, or all of
+            their labels; 0 where they have numbers.
         diverged_at: 1-based step, within this call, whose loss was not finite; training stopped there. None if none.
     """
 
@@ -119,7 +125,7 @@ class Engine(Protocol):
         method: Method,
         rank: int,
         x: Floats,
-        y: NDArray[np.int32],
+        y: Labels,
         *,
         numbers: NDArray[np.int64],
         store: Store | None,
@@ -127,7 +133,9 @@ class Engine(Protocol):
         lr: float,
         momentum: float = 0.0,
     ) -> Trainer:
-        """Make a trainer for `method` on samples x (T, N), labels y (T,).
+        """Make a trainer for `method` on samples x (T, N), classes y (T,), or what else they are to teach.
+
+        The loss of a sample is `tasks.loss_and_gradient`.
 
         Args:
             tensors: the network and the start values of the adapters.

@@ -19,7 +19,8 @@ from ..errors import EngineError, UsageError
 from ..lift import check_none
 from ..methods import Method, connections, layer_types
 from ..spec import NetSpec, pad
-from . import EpochStats, Floats, Tensors
+from ..tasks import as_targets
+from . import EpochStats, Floats, Labels, Tensors
 from .dense import Array, DType
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = ["NativeEngine", "fma_peak", "isas"]
 
 # Bits and numbers of instantft.h.
 _W, _B, _X, _GAMMA, _BETA, _BATCH_STATS, _LAYER_ADAPTER, _SKIP_ADAPTER = (1 << i for i in range(8))
+_LOSSES = {"classification": 0, "multi-label": 1, "regression": 2}
 _CODEC_IDS = {"fp32": 0, "fp16": 1, "int8": 2, "nf4": 3, "nf4-block64": 4, "relu4": 5, "relu2": 6}
 _ROLES = ("weight", "bias", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
 _LAYER_A, _LAYER_B, _SKIP_A, _SKIP_B = range(6, 10)
@@ -381,7 +383,7 @@ class NativeEngine:
         method: Method,
         rank: int,
         x: Floats,
-        y: NDArray[np.int32],
+        y: Labels,
         *,
         numbers: NDArray[np.int64],
         store: Store | None,
@@ -411,7 +413,7 @@ class NativeTrainer:
         method: Method,
         rank: int,
         x: Floats,
-        y: NDArray[np.int32],
+        y: Labels,
         numbers: NDArray[np.int64],
         store: Store | None,
         lr: float,
@@ -419,7 +421,13 @@ class NativeTrainer:
     ) -> None:
         self._buffers, self._method, self._rank, self._store = buffers, method, rank, store
         self._x = _rows(x)
-        self._y = np.ascontiguousarray(y, np.int32)
+        goal = as_targets(y, buffers.spec.C)
+        classes = goal.task == "classification"
+        self._y = np.ascontiguousarray(goal.y if classes else np.zeros(len(x)), np.int32)
+        self._kind, self._targets, self._weights = _LOSSES[goal.task], _NONE32, _NONE32
+        if not goal.plain:
+            self._targets = np.ascontiguousarray(goal.soft)
+            self._weights = np.ones(len(x), np.float32) if goal.weights is None else goal.weights.astype(np.float32)
         self._numbers = np.ascontiguousarray(numbers, np.int64)
         self._lr, self._momentum = lr, momentum
         n = buffers.plan.params
@@ -458,6 +466,9 @@ class NativeTrainer:
             order,
             loss,
             correct,
+            self._targets,
+            self._weights,
+            self._kind,
         )
         if store is not None:
             store.hits += hits

@@ -20,7 +20,8 @@ from ..errors import UsageError
 from ..lift import check_none
 from ..methods import Method, connections, layer_types, trainable
 from ..spec import NetSpec
-from . import EpochStats, Floats, Tensors
+from ..tasks import Targets, as_targets, loss_and_gradient
+from . import EpochStats, Floats, Labels, Tensors
 from .dense import NumpyDense
 
 __all__ = ["BN_EPS", "BN_MOMENTUM", "ReferenceEngine", "ReferenceTrainer", "gradients"]
@@ -83,7 +84,7 @@ class ReferenceEngine:
         method: Method,
         rank: int,
         x: Floats,
-        y: NDArray[np.int32],
+        y: Labels,
         *,
         numbers: NDArray[np.int64],
         store: Store | None,
@@ -112,7 +113,7 @@ class ReferenceTrainer:
         method: Method,
         rank: int,
         x: Floats,
-        y: NDArray[np.int32],
+        y: Labels,
         numbers: NDArray[np.int64],
         store: Store | None,
         batch_size: int,
@@ -123,7 +124,7 @@ class ReferenceTrainer:
         self._spec = spec
         self._method = method
         self._x = _float32(x)
-        self._y = np.asarray(y)
+        self._goal = as_targets(y, spec.C)
         self._numbers = np.asarray(numbers, np.int64)
         self._store = store
         self._batch_size = batch_size
@@ -159,12 +160,13 @@ class ReferenceTrainer:
                 rows = order[e, start : start + self._batch_size]
                 with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
                     run = self._forward(rows)
-                    batch_loss, g = _cross_entropy(run.y, self._y[rows])
+                    goal = self._goal.at(rows)
+                    batch_loss, g = _loss(run.y, goal)
                     if not np.isfinite(batch_loss):
                         return EpochStats(loss, correct, diverged_at=step)
                     self._update(_backward(self._spec, self._tensors, self._method, run, g), run)
                 total += batch_loss * len(rows)
-                correct[e] += int((run.y.argmax(axis=1) == self._y[rows]).sum())
+                correct[e] += goal.hits(run.y)
             loss[e] = total / T
         return EpochStats(loss, correct)
 
@@ -218,21 +220,21 @@ class ReferenceTrainer:
         self._tensors.update(run.running)
 
 
-def gradients(spec: NetSpec, tensors: Arrays, method: Method, x: Array, y: NDArray[Any]) -> dict[str, Array]:
-    """Gradients of the mean cross-entropy of a batch with respect to the tensors that `method` trains, and no others.
+def gradients(spec: NetSpec, tensors: Arrays, method: Method, x: Array, y: Labels) -> dict[str, Array]:
+    """Gradients of the mean loss of a batch with respect to the tensors that `method` trains, and no others.
 
     Args:
         spec: the network.
         tensors: its tensors and the method's adapters, all float32 or all float64.
         method: decides what is computed.
         x: (B, N) samples.
-        y: (B,) labels.
+        y: (B,) classes, or what else the samples are to teach.
 
     Returns:
         The gradient of each trained tensor, of its shape, in the type of the arguments.
     """
     run = _forward(spec, tensors, connections(method, spec.L), x, method.norms == "train")
-    return _backward(spec, tensors, method, run, _cross_entropy(run.y, y)[1])
+    return _backward(spec, tensors, method, run, _loss(run.y, as_targets(y, spec.C))[1])
 
 
 @dataclass
@@ -329,16 +331,10 @@ def _batch_norm(run: _Run, tensors: Arrays, k: int, z: Array) -> Array:
     return np.asarray(run.normed[k] * _channels(gamma, z) + _channels(beta, z))
 
 
-def _cross_entropy(y: Array, labels: NDArray[Any]) -> tuple[float, Array]:
-    """Mean cross-entropy of logits y (B, C), and its gradient (softmax(y) − t)/B."""
-    shifted = y - y.max(axis=1, keepdims=True)
-    p = np.exp(shifted)
-    total = p.sum(axis=1, keepdims=True)
-    rows = np.arange(len(y))
-    loss = (np.log(total[:, 0]) - shifted[rows, labels]).mean(dtype=np.float64)
-    g = p / total
-    g[rows, labels] -= 1
-    return float(loss), g / y.dtype.type(len(y))
+def _loss(y: Array, goal: Targets) -> tuple[float, Array]:
+    """Mean loss of logits y (B, C), and its gradient: of plain classes (softmax(y) − t)/B."""
+    losses, g = loss_and_gradient(goal, y)
+    return float(losses.mean()), g / y.dtype.type(len(y))
 
 
 def _backward(spec: NetSpec, tensors: Arrays, method: Method, run: _Run, gy: Array) -> dict[str, Array]:

@@ -24,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import cost
-from ..engine import EpochStats, Floats, Tensors
+from ..engine import EpochStats, Floats, Labels, Tensors
 from ..errors import UsageError
 from ..methods import Method, connections
+from ..tasks import as_targets, loss_and_gradient
 from .records import Records
 
 __all__ = ["SPACES", "DualTrainer", "Space", "check_space", "taps_in_dual"]
@@ -105,7 +106,7 @@ class DualTrainer:
 
     Args:
         records: of the T samples; they are kept in memory, decoded.
-        y: (T,) int32 labels.
+        y: (T,) int32 classes, or what else the samples are to teach.
         tensors: the adapters' start values, and gain and bias of the output where they are not 1 and 0.
         method: a row with adapters to the output only (`Method.rows_only`).
         dual: for each of the method's adapters, whether it trains in the dual.
@@ -115,7 +116,7 @@ class DualTrainer:
     def __init__(
         self,
         records: Records,
-        y: NDArray[np.int32],
+        y: Labels,
         tensors: Tensors,
         method: Method,
         dual: tuple[bool, ...],
@@ -127,7 +128,7 @@ class DualTrainer:
         records.keep()
         T = len(records)
         X = records.taps(slice(0, T))
-        self._y, self._batch_size = y, batch_size
+        self._goal, self._batch_size = as_targets(y, records.spec.C), batch_size
         self._lr, self._momentum = np.float32(lr), np.float32(momentum)
         self._c = np.array(records.frozen(slice(0, T)) * tensors.get("output.gain", np.float32(1)), np.float32)
         self._c += tensors.get("output.bias", np.float32(0))
@@ -187,15 +188,21 @@ class DualTrainer:
                 h[:, tap.columns] += tap.start[rows]
         y = self._c[rows] + h @ self._B
 
-        labels, samples = self._y[rows], np.arange(S)
-        y -= y.max(axis=1, keepdims=True)
-        own, g = y[samples, labels], np.exp(y)
-        sums = g.sum(axis=1, keepdims=True)
-        loss = float((np.log(sums[:, 0]) - own).sum(dtype=np.float64))
+        if self._goal.plain:
+            labels, samples = self._goal.y[rows], np.arange(S)
+            y -= y.max(axis=1, keepdims=True)
+            own, g = y[samples, labels], np.exp(y)
+            sums = g.sum(axis=1, keepdims=True)
+            loss = float((np.log(sums[:, 0]) - own).sum(dtype=np.float64))
+            g /= sums
+            g[samples, labels] -= 1
+            hits = int((y.argmax(axis=1) == labels).sum())
+        else:
+            goal = self._goal.at(rows)
+            losses, g = loss_and_gradient(goal, y)
+            loss, hits = float(losses.sum()), goal.hits(y)
         if not np.isfinite(loss):
             return loss, 0
-        g /= sums
-        g[samples, labels] -= 1
         g *= -self._lr / np.float32(S)  # every update below is an addition
 
         dh = g @ self._B.T
@@ -216,7 +223,7 @@ class DualTrainer:
                 target += x.T @ dh[:, tap.columns]
             if tap.velocity is not None:
                 tap.A += tap.velocity
-        return loss, int((y.argmax(axis=1) == labels).sum())
+        return loss, hits
 
     def tensors(self) -> dict[str, Floats]:
         """The trained A_k (N, R) and B_k (R, C), as copies; see `Trainer.tensors`."""

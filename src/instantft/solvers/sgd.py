@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ from ..errors import DivergedError, UsageError
 from ..methods import SGD_METHODS, Method
 from ..methods import method as row
 from ..spec import NetSpec
-from ..tasks import Targets
+from ..tasks import Targets, as_targets
 from .dual import DualTrainer, Space, taps_in_dual
 from .records import Records
 from .step import default_lr, default_momentum
@@ -152,7 +152,7 @@ def fit(
         base: the frozen network.
         method: a row of `methods.METHODS`, or its name.
         x: (T, N) float32, as `data.as_samples` yields them.
-        y: (T,) int32 labels.
+        y: (T,) int32 classes, or what else the samples are to teach.
         rank: R of the adapters.
         epochs, batch_size, lr, momentum: of SGD. lr None: `step.default_lr` where the method leaves records valid, else
             PAPERS_LR. momentum None: `step.default_momentum` with that lr, else 0.
@@ -182,10 +182,12 @@ def fit(
     )
     if m.solver != "sgd":
         raise UsageError(f"SGD needs a method that makes steps: one of {', '.join(SGD_METHODS)}, not {m.name}")
-    if isinstance(y, Targets):
-        if not y.plain:
-            raise UsageError(f"{m.name} must learn classes that count alike, without smoothing: use skip-ridge")
-        y = y.y
+    goal = as_targets(y, base.spec.C)
+    if goal.task == "regression" and not m.rows_only:
+        raise UsageError(
+            "regression must go with a method that leaves the network as it is (skip-ridge, skip2-lora, skip-lora, "
+            f"lora-last), not {m.name}"
+        )
     if store is not None and not m.cacheable:
         raise UsageError(f"a cache must go with a method that leaves the frozen activations as they are, not {m.name}")
     spec, T = base.spec, len(x)
@@ -208,12 +210,17 @@ def fit(
         lr = PAPERS_LR
         if m.cacheable:
             records = Records(engine, base, x, numbers, store, threads)
-            lr = default_lr(records, m, rank=rank, batch_size=batch_size, momentum=momentum, seed=seed)
-    added = initial(m, spec, rank, seed) if start is None else start.tensors
+            lr = default_lr(records, m, rank=rank, batch_size=batch_size, momentum=momentum, seed=seed, goal=goal)
+    added = dict(initial(m, spec, rank, seed) if start is None else start.tensors)
+    units: _Units | None = None
+    if goal.task == "regression":
+        records = Records(engine, base, x, numbers, store, threads)
+        units = _Units.of(goal, records, added)
+        goal, added = units.goal, units.inside(added)
     trainer: Trainer
     if use_dual:
         records = Records(engine, base, x, numbers, store, threads)
-        trainer = DualTrainer(records, y, added, m, in_dual, batch_size=batch_size, lr=lr, momentum=momentum)
+        trainer = DualTrainer(records, goal, added, m, in_dual, batch_size=batch_size, lr=lr, momentum=momentum)
         if store is not None:
             store.hits += int(store.held(numbers).sum())  # each record is read once, whatever the epochs
     else:
@@ -223,7 +230,7 @@ def fit(
             m,
             rank,
             x,
-            y,
+            goal,
             numbers=numbers,
             store=store,
             batch_size=batch_size,
@@ -233,7 +240,10 @@ def fit(
     stats = _epochs(trainer, T, epochs, batch_size, lr, _rng(seed, epochs_before), progress)
     steps = epochs * math.ceil(T / batch_size)
     tensors = _finite(trainer.tensors(), steps, lr)
+    if units is not None:
+        tensors = units.outside(tensors)
     config = {
+        **goal.config,
         "epochs": int(epochs) + int(epochs_before),
         "batch_size": int(batch_size),
         "lr": float(lr),
@@ -246,6 +256,46 @@ def fit(
     adapter = Adapter(m.name, int(rank), spec, base.hash, tensors, config)
     done = time.perf_counter()
     return FitResult(adapter, Seconds(filled - began, done - filled), steps, stats)
+
+
+@dataclass(frozen=True)
+class _Units:
+    """Regression in units in which steps have the size that they have for classes: y' = (y − centre)/σ.
+
+        y' = c/σ + Σ x^k·A_k·B_k/σ + (bias − centre)/σ
+
+    Each output has a σ of its own where c is 0 (a new head), else all have one, since there is one gain. The bias is
+    not trained: it is what the frozen output lacks on average, or what an earlier adapter had.
+
+    Attributes:
+        goal: the targets with that σ.
+        sigma: (C,) σ.
+        bias: (C,).
+    """
+
+    goal: Targets
+    sigma: NDArray[np.float64]
+    bias: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, goal: Targets, records: Records, start: Tensors) -> _Units:
+        """For samples whose records these are, from where an adapter stands."""
+        c = np.concatenate([records.frozen(rows) for rows in records.chunks()], dtype=np.float64)
+        sigma = np.full(goal.C, np.sqrt((goal.spread**2).mean())) if c.any() else goal.spread
+        bias = np.asarray(start["output.bias"] if "output.bias" in start else goal.share @ (goal.y - c), np.float64)
+        return cls(replace(goal, spread=sigma), sigma, bias)
+
+    def inside(self, tensors: Tensors) -> dict[str, Floats]:
+        """What training starts from."""
+        made = {k: (v / self.sigma).astype(np.float32) if k.endswith(".B") else v for k, v in tensors.items()}
+        made["output.gain"] = (1 / self.sigma[:1]).astype(np.float32)
+        made["output.bias"] = ((self.bias - self.goal.centre) / self.sigma).astype(np.float32)
+        return made
+
+    def outside(self, tensors: Tensors) -> dict[str, Floats]:
+        """What it ends with, in the targets' own units."""
+        made = {k: (v * self.sigma).astype(np.float32) if k.endswith(".B") else v for k, v in tensors.items()}
+        return {**made, "output.bias": self.bias.astype(np.float32)}
 
 
 def pretrain(

@@ -2,7 +2,7 @@
 
 Where the frozen part is frozen, the output is linear in what is trained last: y = c + Σ h_i·B with fixed features h_i
 (h = [x^k·A_k] at the start of LoRA, [x^{L-1} | 1] for FT-Last). The Hessian of cross-entropy is then at most half the
-features' second moment, and SGD with batches of B is stable up to
+features' second moment (features of samples with weights times their roots), and SGD with batches of B is stable up to
 
     lr < 4 / M,      M = (1 − 1/B)·λ_max(HᵀH / T) + max_i ‖h_i‖² / B,
 
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ..adapters import initial
 from ..errors import UsageError
 from ..methods import Method, connections
+from ..tasks import Targets
 from .records import Records, subset
 
 __all__ = ["MOMENTUM", "default_lr", "default_momentum", "features", "largest_eigenvalue"]
@@ -38,13 +39,22 @@ MOMENTUM = 0.8
 """Of skip adapters, where neither step nor momentum is asked for."""
 
 AVERAGED = 3.0
-"""How much further than without momentum a skip adapter may move in all."""
+"""How much further than without momentum skip adapters may move in all, where gradients are bounded (the squared error
+has larger ones the further it is off), and of several taps (of embeddings alone it diverges)."""
 
 MOST = 1024
 """Samples that are looked at."""
 
 LARGEST = 1.0
 """The step where features are nearly zero and the bound says nothing."""
+
+LABELS = 2.0
+"""Step of the loss of labels in steps of cross-entropy: it is a mean over the outputs that A gets something from, and
+its second derivative by an output is half as large."""
+
+SQUARED = 0.25
+"""Step of the squared error, a mean over C outputs, in steps of cross-entropy and in √C: its second derivative by an
+output is 2/C, four times as large as that of cross-entropy for C = 1; but A gets something from every output."""
 
 ITERATIONS, SETTLED = 100, 1e-4
 
@@ -93,7 +103,14 @@ def default_momentum(method: Method) -> float:
 
 
 def default_lr(
-    records: Records, method: Method, *, rank: int = 4, batch_size: int = 20, momentum: float = 0.0, seed: int = 0
+    records: Records,
+    method: Method,
+    *,
+    rank: int = 4,
+    batch_size: int = 20,
+    momentum: float = 0.0,
+    seed: int = 0,
+    goal: Targets | None = None,
 ) -> float:
     """The learning rate for a method on these records.
 
@@ -102,13 +119,20 @@ def default_lr(
         method: a row of `methods.METHODS` that leaves records valid.
         rank, seed: of the adapters' start.
         batch_size, momentum: of SGD.
+        goal: what the samples are to teach; None: classes that count alike.
 
     Raises:
         UsageError: see `features`.
     """
     H = features(records, method, rank, seed)
+    factor = 1.0
+    if goal is not None:
+        roots = goal.at(subset(len(records), MOST, seed)[0]).roots
+        H = H if roots is None else H * roots[:, None]
+        factor = {"classification": 1.0, "multi-label": LABELS, "regression": SQUARED * goal.C**0.5}[goal.task]
     B = max(1, min(batch_size, len(records)))
     M = (1 - 1 / B) * largest_eigenvalue(H) + float(np.einsum("ij,ij->i", H, H).max()) / B
     share = SHARE["linear" if method.adapters == "none" else "bilinear"]
-    further = AVERAGED if method.adapters == "skip" else 1.0
-    return min(share * min(1.0, further * (1 - momentum)) / M, LARGEST) if M > 0 else LARGEST
+    bounded = goal is None or goal.task != "regression"
+    further = AVERAGED if method.adapters == "skip" and records.spec.L > 1 and bounded else 1.0
+    return factor * (min(share * min(1.0, further * (1 - momentum)) / M, LARGEST) if M > 0 else LARGEST)
