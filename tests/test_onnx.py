@@ -472,6 +472,43 @@ def test_one_input_of_integers(tokens: bool, tmp_path: Path) -> None:
         tuner.predict(x + 40)
 
 
+def test_model_as_converted_from_tflite(tmp_path: Path) -> None:
+    """Images with channels last, turned for every convolution and back, Reshape before the last layer, Softmax."""
+    nodes = [
+        N("Transpose", ["x"], ["t1"], perm=[0, 3, 1, 2]),
+        N("Conv", ["t1", "w1", "b1"], ["c1"], auto_pad="SAME_UPPER", strides=[2, 2]),
+        N("Transpose", ["c1"], ["t2"], perm=[0, 2, 3, 1]),
+        N("Clip", ["t2", "zero", "six"], ["r1"]),
+        N("Transpose", ["r1"], ["t3"], perm=[0, 3, 1, 2]),
+        N("Conv", ["t3", "w2"], ["c2"], auto_pad="SAME_UPPER", group=4),
+        N("Transpose", ["c2"], ["t4"], perm=[0, 2, 3, 1]),
+        N("Clip", ["t4", "zero", "six"], ["r2"]),
+        N("ReduceMean", ["r2"], ["m"], axes=[1, 2], keepdims=1),
+        N("Reshape", ["m", "flat"], ["h"]),
+        N("MatMul", ["h", "w3"], ["i"]),
+        N("Add", ["i", "b3"], ["j"]),
+        N("Softmax", ["j"], ["y"], axis=1),
+    ]
+    constants = {
+        "w1": weights(4, 3, 3, 3), "b1": weights(4, 1)[:, 0], "w2": weights(4, 1, 3, 3), "w3": weights(4, 5),
+        "b3": weights(5, 1)[:, 0], "zero": np.array(0, np.float32), "six": np.array(6, np.float32),
+        "flat": np.array([-1, 4], np.int64),
+    }  # fmt: skip
+    path = model(tmp_path, nodes, constants, ("n", 9, 7, 3))
+    base = from_onnx(path)
+    assert (base.channels_last, base.spec.input_shape, base.logits) == (True, (3, 9, 7), "j")
+    assert [tap.value for tap in base.candidates] == ["x", "t3", "h"]
+    assert base.candidates[1].shape == (4, 5, 4)
+    rng = np.random.default_rng(0)
+    x = rng.random((60, 3, 9, 7), np.float32)
+    tuner = FineTuner(base).fit(x, rng.integers(0, 5, 60))
+    export_onnx(base, tuner.adapter, tmp_path / "out.onnx")
+    onnx.checker.check_model(str(tmp_path / "out.onnx"), full_check=True)
+    adapted = run(tmp_path / "out.onnx", x.transpose(0, 2, 3, 1))
+    close(adapted, tuner.predict_proba(x))
+    assert np.abs(run(path, x.transpose(0, 2, 3, 1)) - adapted).max() > 0.01
+
+
 # -- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -663,6 +700,26 @@ def test_automatic_taps_are_no_weights_of_channels(tmp_path: Path) -> None:
     assert [tap.value for tap in from_onnx(path).candidates] == ["x", "p", "b2", "h"]
     assert [tap.value for tap in from_onnx(path).taps] == ["b2", "h"]
     assert [tap.value for tap in from_onnx(path, "p,h").taps] == ["p", "h"]
+
+
+def test_automatic_taps_share_the_budget(tmp_path: Path) -> None:
+    """The input takes none of it; what a narrow tap leaves of its share, a wider one gets."""
+    nodes, constants, _ = HEADS["gemm"]
+    path = model(tmp_path, [*BODY, *nodes], {**CONSTANTS, **constants})
+    names = {}
+    for budget in (16, 4 * 191, 4 * 192, 4 * 260, 16_384):
+        base = from_onnx(path, f"auto:{budget}")
+        assert 4 * sum(tap.width for tap in base.taps) <= budget
+        names[budget] = base.spec.input_tap, [tap.name for tap in base.taps]
+    assert names == {
+        16: (False, ["h"]),
+        4 * 191: (False, ["b@4", "h"]),
+        4 * 192: (True, ["b@4", "h"]),
+        4 * 260: (True, ["b", "h"]),
+        16_384: (True, ["b", "h"]),
+    }
+    with pytest.raises(UsageError, match="room for the last tap, which takes 16 bytes a sample, not 15"):
+        from_onnx(path, "auto:15")
 
 
 def test_values_that_mix_samples_are_no_taps(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ MAX_TAPS = 8
 """Most taps that ``auto`` chooses."""
 
 GRIDS = (0, 8, 4, 2, 1)
-"""Cells along each side of the means of an image that ``auto`` tries; 0: the whole image."""
+"""Cells along each side of the means of an image that ``auto`` tries, finest first; 0: the whole image."""
 
 PROBED = 5
 """Samples by which shapes are found; few sizes in a network are 5, so the batch is known by it."""
@@ -465,23 +465,41 @@ def _chosen(candidates: tuple[Tap, ...], taps: str | Sequence[str] | None, entry
 
 
 def _automatic(candidates: tuple[Tap, ...], budget: int, entry: str) -> list[Tap]:
-    """At most MAX_TAPS, evenly spread and with the last, on the finest grid that fits the budget.
+    """The input, where it fits the budget, and values behind it, evenly spread and with the last: MAX_TAPS in all.
 
-    Images of one pixel are left to those who name them: but for the last, they are what channels are weighted by.
+    The input is whole or not there, and takes nothing of the budget: the samples are kept anyway. The others share the
+    budget (`_shared`). Images of one pixel are left to those who name them: but for the last, they are what channels
+    are weighted by.
     """
-    candidates = (*(c for c in candidates[:-1] if (c.shape[:-1] if c.last else c.shape[1:]) != (1, 1)), candidates[-1])
-    for many in range(min(MAX_TAPS, len(candidates)), 0, -1):
-        last = len(candidates) - 1
+    *others, final = candidates
+    front = [c for c in others if c.value == entry and 4 * c.width <= budget]
+    weights = [c for c in others if (c.shape[:-1] if c.last else c.shape[1:]) == (1, 1)]
+    behind = [*(c for c in others if c.value != entry and c not in weights), final]
+    last = len(behind) - 1
+    for many in range(min(MAX_TAPS - len(front), len(behind)), 0, -1):
         places = sorted({round(last - i * last / max(many - 1, 1)) for i in range(many)})
-        for grid in GRIDS:
-            taps = [replace(candidates[i], grid=grid) for i in places]
-            taps = [replace(t, grid=grid if t.cells != t.shape else 0) for t in taps]
-            if 4 * sum(t.width for t in taps) <= budget:
-                return taps
+        taps = _shared([behind[i] for i in places], budget)
+        if 4 * sum(t.width for t in taps) <= budget:
+            return [*front, *taps]
     raise UsageError(
-        f"a budget must have room for the last tap, which takes {4 * replace(candidates[-1], grid=1).width} bytes a "
+        f"a budget must have room for the last tap, which takes {4 * replace(final, grid=1).width} bytes a "
         f"sample, not {budget}"
     )
+
+
+def _shared(taps: list[Tap], budget: int) -> list[Tap]:
+    """Each whole or on the finest of GRIDS that fits its share of the budget; what narrow ones leave, wider ones get.
+
+    Where not even the coarsest grid fits, they are more than the budget.
+    """
+    made: dict[str, Tap] = {}
+    left = budget // 4
+    for waiting, tap in zip(range(len(taps), 0, -1), sorted(taps, key=lambda t: t.width), strict=True):
+        on = [replace(tap, grid=grid) for grid in GRIDS]
+        found = next((t for t in on if t.width * waiting <= left), on[-1])
+        made[tap.value] = replace(found, grid=found.grid if found.cells != tap.shape else 0)
+        left -= found.width
+    return [made[tap.value] for tap in taps]
 
 
 class _ForeignEngine:

@@ -120,8 +120,8 @@ def from_onnx(
     Args:
         path: the file; external data must be in the same folder.
         taps: names or glob patterns of candidates, with ``@G`` behind to average images over G×G cells (positions of a
-            sequence over G·G); None or "auto": up to MAX_TAPS, evenly spread, on the finest grid of GRIDS with which
-            they take BUDGET bytes a record; "auto:BYTES": another budget.
+            sequence over G·G); None or "auto": up to MAX_TAPS, evenly spread, each on the finest grid that fits its
+            share of BUDGET bytes a record; "auto:BYTES": another budget.
         like: the shape of an earlier network of this file, whose taps are taken instead, as for an adapter's.
         input_shape: (N,) or (channels, height, width), where the file leaves sizes open; of several inputs, by name.
         mean, std: preprocessing of samples, as in `Network`.
