@@ -167,6 +167,19 @@ def test_what_is_there_is_not_fetched_again(
     assert (status, out.count("right (SHA-256)"), out.count("right (contents)")) == (0, 4, 1)
 
 
+def test_an_interrupted_fetch_says_that_it_goes_on(
+    run: Run, server: tuple[str, Manners], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(tmp_path, monkeypatch, server)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sets, "download", stop)
+    status, out, err = run("fetch", "mnist", "--data-dir", tmp_path / "data")
+    assert (status, out, err.strip()) == (130, "", "interrupted; what has come is kept, and the same command goes on")
+
+
 def test_nothing_is_made_of_wrong_files(
     run: Run, server: tuple[str, Manners], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

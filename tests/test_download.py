@@ -214,6 +214,7 @@ def test_another_size_is_refused(server: tuple[str, Manners], tmp_path: Path, si
     with pytest.raises(FileError, match=r"must have 300,000 bytes, but there it has (300,004|299,995|more)"):
         get(url, tmp_path / "file")
     assert (tmp_path / "file.part").stat().st_size == 0
+    assert len(manners.asked) == 1  # where it is announced, nothing is read; else not a byte too many is kept
 
 
 def test_without_a_length_a_file_that_is_too_short_is_found(server: tuple[str, Manners], tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def test_bad_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_samples(write_npz(tmp_path / "a.npz", x=np.zeros((1, 20, 20), np.uint8), y=[0]), spec, size=20)
     with pytest.raises(DataError, match="1, 3 or 4 channels, not to the network's 2"):
         load_samples(path, lenet5((2, 20, 20), 2))
-    with pytest.raises(DataError, match="those that the adapter knows, b, c, but there is 'a'"):
+    with pytest.raises(DataError, match="those known already, b, c, but there is 'a'"):
         load_samples(path, spec, classes=("b", "c"))
     monkeypatch.setattr("instantft.data.MAX_BYTES", 1599)
     with pytest.raises(DataError, match=r"1 images of 1×20×20 must take at most 1,599 bytes of memory, but take 1,600"):
@@ -296,7 +296,9 @@ def test_from_pictures_to_predictions(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "flat").mkdir()
     for k, name in enumerate(("top", "left")):
         Image.fromarray(flat[name][0]).save(tmp_path / "flat" / f"{k}.png")
-    assert run("predict", "b.safetensors", "--adapter", "adapter", "--data", "flat", "--out", "p.npz")[0] == 0
+    predict = ("predict", "b.safetensors", "--adapter", "adapter", "--data", "flat", "--out", "p.npz", "--json")
+    status, out, _ = run(*predict)
+    assert (status, json.loads(out)["classes"]) == (0, ["left", "right", "top"])
     with np.load("p.npz") as p:
         assert p["label"].tolist() == [2, 0]
         assert p["classes"].tolist() == ["left", "right", "top"]

@@ -170,7 +170,8 @@ def predict(
     np.savez(buffer, **made)
     files.write_whole(Path(out), buffer.getvalue(), "predictions")
     if as_json:
-        return print_json({"n": len(logits), "out": out, "task": found, "keys": list(made), "engine": chosen.name})
+        said = {"task": found, "keys": list(made), "classes": list(samples.classes) or None, "engine": chosen.name}
+        return print_json({"n": len(logits), "out": out, **said})
     click.echo(f"{len(logits):,} predictions ({', '.join(made)}) in {out}")
 
 

@@ -40,9 +40,7 @@ def numbered(names: Sequence[str], present: Collection[str], known: Classes, wha
         return np.array([int(name) for name in names], np.int64), ()
     order = known or tuple(found)
     if strange := [name for name in found if name not in order]:
-        raise DataError(
-            f"{what}: classes must be those that the adapter knows, {_some(order)}, but there is {strange[0]!r:.60}"
-        )
+        raise DataError(f"{what}: classes must be those known already, {_some(order)}, but there is {strange[0]!r:.60}")
     number = {name: k for k, name in enumerate(order)}
     return np.array([number[name] for name in names], np.int64), order
 
