@@ -11,11 +11,12 @@ from instantft.cost import (
     dual_work,
     linear_macs,
     network_parameters,
+    parts,
     primal_work,
     spaces,
 )
-from instantft.methods import METHODS, method
-from instantft.spec import NetSpec, dnn, lenet5
+from instantft.methods import METHODS, connections, method
+from instantft.spec import LayerSpec, NetSpec, dnn, lenet5
 
 MNIST, SVHN = lenet5((1, 28, 28)), lenet5((3, 32, 32))
 
@@ -117,7 +118,36 @@ def test_closed_form(T: int, space: str, n: int) -> None:
     solve = closed_form(MNIST, T)
     assert solve.space == space
     assert solve.flops > 2 * n**3 // 3
-    assert solve.memory >= 8 * n * n
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("spec", [MNIST, dnn(256, 3)], ids=["lenet5", "dnn"])
+def test_parts_add_up(name: str, spec: NetSpec) -> None:
+    m = METHODS[name]
+    each, c = parts(spec, m, 4), cost(spec, m, 4)
+    assert len(each) == spec.L + len(connections(m, spec.L))
+    assert sum(part.forward for part in each) == c.forward
+    assert sum(part.backward for part in each) == c.backward
+    if m.solver == "sgd":
+        assert sum(part.update for part in each) == 2 * c.parameters
+        assert sum(part.update_bytes for part in each) == 12 * c.parameters
+    else:
+        assert not any(part.backward or part.update for part in each)
+    assert all(part.forward_bytes > 0 for part in each)
+
+
+def test_parts_by_hand() -> None:
+    """A layer of 3 to 2 that trains everything below another of 2 to 2, which has batch norm's ReLU between them."""
+    spec = NetSpec((3,), (LayerSpec("fc", 2, relu=True), LayerSpec("fc", 2)))
+    first, last = parts(spec, method("ft-all"), 1)
+    assert (first.type, first.forward, first.backward, first.update) == ("FC_ywb", 12 + 2 + 2, 12 + 2 + 2, 16)
+    assert (last.type, last.forward, last.backward, last.update) == ("FC_ywbx", 8 + 2, 8 + 2 + 8, 12)
+    assert first.forward_bytes == 4 * (8 + 3 + 2)
+    assert last.backward_bytes == 4 * ((2 + 2 + 4) + (2 + 2) + (2 + 2 + 4))
+    adapters = parts(spec, method("skip2-lora"), 1)[2:]
+    assert [part.name for part in adapters] == ["x0→2", "x1→2"]
+    assert adapters[0].forward == 2 * 3 + 2 * 2
+    assert adapters[0].backward == 4 * 2 + 2 * 3
 
 
 def test_dual_and_primal_meet() -> None:

@@ -21,6 +21,7 @@ from .spec import NetSpec
 
 __all__ = [
     "Cost",
+    "Part",
     "Solve",
     "Work",
     "closed_form",
@@ -28,6 +29,7 @@ __all__ = [
     "dual_work",
     "linear_macs",
     "network_parameters",
+    "parts",
     "primal_work",
     "spaces",
 ]
@@ -89,19 +91,16 @@ def cost(spec: NetSpec, m: Method, rank: int) -> Cost:
     cached = adapters + (last if m.weights == "last" or m.biases == "last" else 0)
     steps = m.solver == "sgd"
     unneeded = 2 * rank * sum(spec.tap_widths[1:]) if m.adapters == "skip" and steps else 0
-    backward = _backward(spec, m, rank) if steps else 0
+    each = parts(spec, m, rank)
+    backward = sum(part.backward for part in each)
     return Cost(
         parameters=trained,
-        forward=_forward(spec) + adapters,
+        forward=sum(part.forward for part in each),
         forward_cached=cached if m.cacheable else None,
         backward=backward,
         backward_printed=backward + unneeded,
         memory=_memory(spec, m, rank, trained),
     )
-
-
-MATRICES = 6
-"""Matrices of the size of the system that a closed-form fit holds at its peak, as measured."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +110,10 @@ class Solve:
     Attributes:
         space: "dual", a system of T samples, or "primal", one of D+1 features: the smaller.
         flops: products of features, Cholesky factor and its inverse, solution; choosing λ is not counted.
-        memory: bytes of the records and of MATRICES matrices, in float32.
     """
 
     space: str
     flops: int
-    memory: int
 
 
 def closed_form(spec: NetSpec, T: int) -> Solve:
@@ -126,33 +123,72 @@ def closed_form(spec: NetSpec, T: int) -> Solve:
     n = T if dual else D + 1
     products = T * (T + 1) * D if dual else T * (D + 1) * (D + 2)
     flops = products + 2 * n**3 // 3 + 2 * n * n * C + 2 * T * D * C
-    records = min(T, 1024) if not dual else T
-    return Solve("dual" if dual else "primal", flops, 4 * (records * D + MATRICES * n * n))
+    return Solve("dual" if dual else "primal", flops)
 
 
-def _forward(spec: NetSpec) -> int:
-    flops = 0
-    for macs, y, g in zip(linear_macs(spec), spec.layers, spec.geometry, strict=True):
-        flops += 2 * macs + g.M + (g.M if y.relu else 0) + (2 * g.M if y.batch_norm else 0)
-        flops += (y.pool**2 - 1) * g.n_out if y.pool > 1 else 0
-    return flops
+@dataclass(frozen=True)
+class Part:
+    """A layer or an adapter, per sample; its update, per step.
+
+    Attributes:
+        name: number and kind of the layer, or i→j of the adapter.
+        type: compute type, as in Skip2-LoRA's Table 1; "ridge" of an adapter that is solved for.
+        forward, backward, update: FLOPs.
+        forward_bytes, backward_bytes, update_bytes: float32 values that are read and written once each.
+    """
+
+    name: str
+    type: str
+    forward: int
+    backward: int
+    update: int
+    forward_bytes: int
+    backward_bytes: int
+    update_bytes: int
 
 
-def _backward(spec: NetSpec, m: Method, rank: int) -> int:
+def parts(spec: NetSpec, m: Method, rank: int) -> list[Part]:
+    """What each layer and each adapter costs under method `m`; of a foreign network, the adapters.
+
+    An update is one multiply-add a trained value, which reads it and its gradient, and writes it.
+    """
+    found = []
+    sizes = {name: math.prod(s) for name, s in trainable(m, spec, rank).items()}
     types = layer_types(m, spec.L)
-    flops = 0
-    for k, (macs, g) in enumerate(zip(linear_macs(spec), spec.geometry, strict=True)):
-        wanted = types[k].removeprefix("FC_y")
-        flops += (2 * macs if "w" in wanted else 0) + (g.M if "b" in wanted else 0) + (2 * macs if "x" in wanted else 0)
-    for k in _crossed(types):  # the layer above handed a gradient down through these activations
-        y, g = spec.layers[k], spec.geometry[k]
-        flops += g.M if y.relu else 0
-        if y.batch_norm:
-            flops += {"frozen": 1, "beta": 2, "train": 5}[m.norms] * g.M
-    for (i, j), kind in zip(connections(m, spec.L), adapter_types(m, spec.L), strict=True):
+    crossed = _crossed(types)  # the layer above hands a gradient down through these activations
+    for k, (y, g) in enumerate(zip(spec.layers, spec.geometry, strict=True) if spec.own else ()):
+        macs, wanted = linear_macs(spec)[k], types[k].removeprefix("FC_y")
+        values = sum(math.prod(s) for name, s in spec.parameters.items() if name.startswith(f"layers.{k}."))
+        forward = 2 * macs + g.M + (g.M if y.relu else 0) + (2 * g.M if y.batch_norm else 0)
+        forward += (y.pool**2 - 1) * g.n_out if y.pool > 1 else 0
+        weights = math.prod(spec.parameters[f"layers.{k}.weight"])
+        backward = moved = 0
+        if "w" in wanted:
+            backward, moved = backward + 2 * macs, moved + g.N + g.M + weights
+        if "b" in wanted:
+            backward, moved = backward + g.M, moved + g.M + y.out
+        if "x" in wanted:
+            backward, moved = backward + 2 * macs, moved + g.N + g.M + weights
+        if k in crossed:
+            each = int(y.relu) + ({"frozen": 1, "beta": 2, "train": 5}[m.norms] if y.batch_norm else 0)
+            backward, moved = backward + each * g.M, moved + (2 * g.M if each else 0)
+        if m.solver != "sgd":
+            backward = moved = 0
+        trained = sum(n for name, n in sizes.items() if name.startswith(f"layers.{k}."))
+        read = 4 * (values + g.N + g.n_out)
+        found.append(Part(f"{k} {y.kind}", types[k], forward, backward, 2 * trained, read, 4 * moved, 12 * trained))
+    kinds = adapter_types(m, spec.L)[-len(connections(m, spec.L, spec.first_tap)) :]
+    for (i, j), kind in zip(connections(m, spec.L, spec.first_tap), kinds, strict=True):
         N, M = spec.geometry[i].N, spec.geometry[j - 1].M
-        flops += 4 * rank * M + 2 * rank * N + (2 * rank * N if kind.endswith("x") else 0)
-    return flops
+        table, flows = rank * (N + M), kind.endswith("x")
+        if m.solver != "sgd":
+            found.append(Part(f"x{i}→{j}", "ridge", 2 * table, 0, 0, 4 * (table + N + M + rank), 0, 0))
+            continue
+        backward = 4 * rank * M + 2 * rank * N + (2 * rank * N if flows else 0)
+        moved = 2 * rank * M + rank * N + N + M + 2 * rank + (rank * N + N if flows else 0)
+        read = table + N + M + rank
+        found.append(Part(f"x{i}→{j}", kind, 2 * table, backward, 2 * table, 4 * read, 4 * moved, 12 * table))
+    return found
 
 
 def _crossed(types: list[str]) -> list[int]:

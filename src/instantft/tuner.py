@@ -26,13 +26,14 @@ from .claims import UNKNOWN, signed
 from .data import as_array, as_groups, as_labels, as_samples, warn_if_poor
 from .engine import Engine, Floats, forward, get_engine, parts
 from .errors import DataError, FileError, UsageError, nearest
+from .memory import Plan, check_limit, size_of
 from .methods import METHODS, Method, own_rank
 from .solvers import lifting, sgd
 from .solvers.calibration import probabilities
 from .solvers.closed import Judged
 from .solvers.dual import check_space
 from .solvers.gate import Decision, compare
-from .solvers.holdout import best_epochs, hold_out
+from .solvers.holdout import STAIRS, best_epochs, hold_out
 from .solvers.ridge import MAX_SYSTEM, RidgeResult, fit_ridge
 from .solvers.stream import Stream
 from .solvers.streaming import check_stream
@@ -65,6 +66,7 @@ PARAMETERS = (
     "task",
     "class_weight",
     "label_smoothing",
+    "memory_limit",
 )
 
 AUTO = "auto"
@@ -147,6 +149,8 @@ class FineTuner:
             dictionary of them; None: all alike.
         label_smoothing: ε, at most 0.5: that share of every target is spread evenly over the classes, or over yes and
             no. skip-ridge takes it where scores become probabilities; no class that it predicts changes by it.
+        memory_limit: bytes, or a size such as "64M", that `fit` and a gate asked afterwards may take beside the package
+            and the samples' file (`memory`); a run that needs more is refused before it starts. None: no limit.
 
     Attributes:
         adapter_: the adapter.
@@ -187,6 +191,7 @@ class FineTuner:
         task: Task = "classification",
         class_weight: str | Sequence[float] | Mapping[int, float] | None = None,
         label_smoothing: float = 0.0,
+        memory_limit: int | str | None = None,
     ) -> None:
         self.base = base
         self.method = method
@@ -209,6 +214,7 @@ class FineTuner:
         self.task = task
         self.class_weight = class_weight
         self.label_smoothing = label_smoothing
+        self.memory_limit = memory_limit
         self._check()
 
     # -- scikit-learn's habits ---------------------------------------------------------------------------------------
@@ -295,14 +301,17 @@ class FineTuner:
         groups: ArrayLike | None = None,
         progress: sgd.Progress | None = None,
         filling: sgd.Progress | None = None,
+        plan: Plan | None = None,
     ) -> Self:
         """As `fit`, for samples and labels that `data.load_samples` has already checked, scaled and normalised.
 
         Args:
             filling: told how many samples have gone through the frozen network, while the cache is filled.
+            plan: from `planned`, where more than these samples is in memory.
         """
         m, engine = self._check(len(x)), self._engine()
         together = None if groups is None else as_groups(groups, len(x))
+        plan = self.planned(len(x)) if plan is None else plan
         self._warn(m, y)
         weights = None if sample_weight is None else as_array(sample_weight, "sample_weight")
         goal = self._targets(y, weights)
@@ -311,7 +320,7 @@ class FineTuner:
         epochs = 0
         with _flushed(store):
             if m.solver == "ridge":
-                result: Result = self._ridge(engine, samples, store, filling)
+                result: Result = self._ridge(engine, samples, store, filling, plan.decoded)
             else:
                 began = time.perf_counter()
                 epochs = self._epochs(engine, m, samples, store, filling)
@@ -613,6 +622,8 @@ class FineTuner:
             raise UsageError(f"cache_capacity must be at least 1 sample, not {capacity!r:.60}")
         if self.codec_name(m) is None and (capacity is not None or self.cache_file is not None):
             raise UsageError(f"cache_capacity and cache_file must go with a cache, but {m.name} runs without one here")
+        if self.memory_limit is not None:
+            size_of(self.memory_limit)
         speaks = all(hasattr(self.engine, name) for name in ("name", "forward", "records", "fill", "trainer"))
         if self.engine is not None and not isinstance(self.engine, str) and not speaks:
             raise UsageError(f"engine must be the name of an engine or an engine, not {self.engine!r:.60}")
@@ -657,6 +668,29 @@ class FineTuner:
 
     def _rank(self, m: Method) -> int:
         return own_rank(m, self.base.spec) if self.rank is None else int(self.rank)
+
+    def planned(self, T: int, others: int = 0, itemsize: int = 0) -> Plan:
+        """The run that `fit` would make of T samples, whose peak `memory.peak_memory` states; what a foreign runtime
+        takes is measured where there is a limit.
+
+        Args:
+            T: number of samples.
+            others: further samples that are in memory then.
+            itemsize: bytes a value in the file they are read from; 0: they are in memory already.
+
+        Raises:
+            UsageError: it would not keep within `memory_limit`.
+        """
+        m = self.row(T)
+        epochs = STAIRS[-1] if self.epochs is None and self.method == AUTO else self.epochs or EPOCHS
+        plan = Plan(
+            self.base.spec, m, T, self._rank(m), epochs, self.batch_size, self.space,  # type: ignore[arg-type]
+            codec=self.codec_name(m), capacity=self.cache_capacity, on_disk=self.cache_file is not None,
+            lift=self.lift, others=others, itemsize=itemsize,
+        )  # fmt: skip
+        if self.memory_limit is None:
+            return plan
+        return check_limit(replace(plan, foreign=self.base.runtime_cost(self.threads)[1]), size_of(self.memory_limit))
 
     def codec_name(self, m: Method) -> str | None:
         """Codec of the cache as the arguments stand; None: no cache."""
@@ -782,12 +816,17 @@ class FineTuner:
         )  # fmt: skip
 
     def _ridge(
-        self, engine: Engine, samples: _Samples, store: Store | None, filling: sgd.Progress | None = None
+        self,
+        engine: Engine,
+        samples: _Samples,
+        store: Store | None,
+        filling: sgd.Progress | None = None,
+        decoded: bool = True,
     ) -> RidgeResult:
         return fit_ridge(
             engine, self.base, samples.x, samples.goal,
             store=store, numbers=samples.numbers, rank=self.rank, seed=self.seed, threads=self.threads,
-            groups=samples.groups, filling=filling,
+            groups=samples.groups, filling=filling, decoded=decoded,
             lift=self.lift,  # type: ignore[arg-type]  # _check has seen it
         )  # fmt: skip
 

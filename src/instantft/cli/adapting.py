@@ -20,6 +20,7 @@ from .options import (
     engine_option,
     history_option,
     json_option,
+    memory_option,
     preprocessing,
     preprocessing_options,
     seed_option,
@@ -187,6 +188,7 @@ def pretrain(
 @threads_option
 @preprocessing_options("that of BASE")
 @engine_option
+@memory_option
 @history_option
 @click.option("--force", is_flag=True, help="Keep the new adapter even where the gate would not.")
 @json_option
@@ -220,6 +222,7 @@ def finetune(
     mean: str | None,
     std: str | None,
     engine: str | None,
+    memory_limit: str | None,
     history: bool,
     force: bool,
     as_json: bool,
@@ -231,6 +234,8 @@ def finetune(
     """
     from ..acceptance import decide, untrained
     from ..adapters import CONFIG_FILE, check_target
+    from ..data import announced
+    from ..memory import peak_memory, size_of, size_text
     from ..solvers.sgd import FitResult
     from ..tasks import METRICS, TASKS, check_task
     from ..tuner import FineTuner
@@ -261,9 +266,15 @@ def finetune(
         task=wanted,
         class_weight=weights,
         label_smoothing=label_smoothing,
+        memory_limit=memory_limit,
     )
     check_target(out)
     means, stds = preprocessing(network, mean, std)
+    # Before anything is read, if the file says how much there is in it.
+    here, there = announced(data), announced(eval_path) if eval_path else None
+    plan, P = None, network.spec.positions
+    if here is not None:
+        plan = tuner.planned(P * here[0], others=P * there[0] if there else 0, itemsize=here[1])
     old = _adapter_in_use(out, network, means, stds, wanted)
     samples = read_samples(
         data,
@@ -293,6 +304,8 @@ def finetune(
         )
     before = score_of(chosen, network, None, test, threads, wanted) if test else None
     T = len(samples.x)
+    if plan is None:
+        plan = tuner.planned(T, others=len(test.x) if test else 0)
     doing = f"fine-tuning ({tuner.row(T).name})"
     length = tuner.planned_epochs
     with Bar(doing, length) as bar:
@@ -305,8 +318,9 @@ def finetune(
                 bar.stage(doing, length)
 
         tuner.fit_prepared(
-            samples.x, samples.labels, samples.weights, groups=samples.groups, progress=bar.update, filling=filling
-        )
+            samples.x, samples.labels, samples.weights,
+            groups=samples.groups, progress=bar.update, filling=filling, plan=plan,
+        )  # fmt: skip
     fitted, store, row = tuner.result_, tuner.store_, tuner.method_.name
     after, classes = (
         score_of(chosen, network, tuner.adapter, test, threads, wanted) if test else None,
@@ -332,6 +346,10 @@ def finetune(
             "bytes_per_sample": store.codec.bytes_per_sample(store.record) if store else 0,
             "hits": store.hits if store else 0,
             "misses": store.misses if store else 0,
+        },
+        "memory": {
+            "peak": sum(peak_memory(plan).values()) if network.spec.own or memory_limit else None,
+            "limit": size_of(memory_limit) if memory_limit else None,
         },
         "adapter": out,
         "samples": T,
@@ -419,6 +437,9 @@ def finetune(
             f"cache    {held['codec']}, {held['bytes_per_sample']:,} B a sample, "
             f"{held['hits']:,} hits, {held['misses']:,} misses"
         )
+    peak = result["memory"]["peak"]
+    if peak:
+        click.echo(f"memory   at most {size_text(peak)}, as stated ahead")
     rival = "the frozen network" if old is None else f"the adapter in {out}"
     verdict = "better than" if decision.accepted else "not surely better than"
     few = f"; {decision.n} samples tell little" if not decision.accepted and decision.n < FEW else ""

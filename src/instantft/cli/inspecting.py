@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
-from .options import json_option, taps_option
+from .options import batch_option, json_option, memory_option, taps_option
 from .show import flops_text, print_json, shape_text
 
 if TYPE_CHECKING:
@@ -23,20 +23,48 @@ if TYPE_CHECKING:
 @click.argument("path", metavar="BASE|DIR")
 @click.option("--rank", type=int, help="Of the adapters whose cost is shown. [default: 4; full for skip-ridge]")
 @click.option("--samples", default=1024, show_default=True, help="For the cost of skip-ridge, which has no steps.")
+@click.option("--cost", is_flag=True, help="What a run would take: FLOPs, bytes, time here, peak memory; of BASE.")
+@click.option("--method", metavar="M", help="With --cost: this method only, and each of its layers.")
+@click.option("--cache", metavar="CODEC", help="With --cost: of the methods that can have one, or none.")
+@click.option("--epochs", default=10, show_default=True, help="With --cost.")
+@batch_option
+@memory_option
 @taps_option
 @json_option
-def inspect(path: str, rank: int | None, samples: int, taps: str | None, as_json: bool) -> None:
-    """Layers, taps, shapes, parameters, FLOPs, and bytes a sample in the cache."""
+def inspect(
+    path: str,
+    rank: int | None,
+    samples: int,
+    cost: bool,
+    method: str | None,
+    cache: str | None,
+    epochs: int,
+    batch_size: int,
+    memory_limit: str | None,
+    taps: str | None,
+    as_json: bool,
+) -> None:
+    """Layers, taps, shapes, parameters, FLOPs, and bytes a sample in the cache; with --cost, what a run would take."""
     from .. import lift
     from ..adapters import Adapter
+    from ..cache.codecs import codec
+    from ..methods import method as row
     from ..solvers import lifting, sgd
     from ..tuner import load as load_base
+    from .costing import costs_of, print_costs
 
-    sgd.check_arguments(rank=1 if rank is None else rank)
+    sgd.check_arguments(rank=1 if rank is None else rank, epochs=epochs, batch_size=batch_size)
+    only = None if method is None else row(method)
+    if cache not in (None, "none"):
+        codec(cache)
+    if not cost and (method, cache, memory_limit) != (None, None, None):
+        raise UsageError("--method, --cache and --memory-limit must go with --cost")
     if not 1 <= samples <= 1 << 40:
         raise UsageError(f"--samples must be 1 to {1 << 40}, not {samples}")
     result: dict[str, Any]
     if Path(path).is_dir():
+        if cost:
+            raise UsageError(f"--cost must be asked of a BASE, not of the adapter in {path}")
         adapter = Adapter.load(path)
         spec = adapter.spec
         result = {
@@ -61,15 +89,19 @@ def inspect(path: str, rank: int | None, samples: int, taps: str | None, as_json
             for kind in lifting.LIFTS
             if kind != "arccos" or samples <= lift.MAX_LANDMARKS
         }
+        if cost:
+            result["cost"] = costs_of(network, only, cache, samples, epochs, batch_size, rank, memory_limit)
     result |= (_described if spec.own else _described_foreign)(spec, rank, samples)
     if as_json:
         return print_json(result)
+    if cost:
+        return print_costs(result["cost"], method is not None)
     (_print_inspection if spec.own else _print_foreign)(path, result)
 
 
 def _described(spec: NetSpec, rank: int | None, T: int) -> dict[str, Any]:
     from ..cache.codecs import CODECS
-    from ..cost import closed_form, cost, linear_macs, network_parameters
+    from ..cost import cost, linear_macs, network_parameters
     from ..methods import METHODS, own_rank
 
     layers = [
@@ -111,7 +143,7 @@ def _described(spec: NetSpec, rank: int | None, T: int) -> dict[str, Any]:
         "record_floats": spec.record.size,
         "cache_bytes_per_sample": {name: c.bytes_per_sample(spec.record) for name, c in CODECS.items()},
         "methods": methods,
-        "closed_form": {"samples": T, **asdict(closed_form(spec, T))},
+        "closed_form": _solve(spec, T),
     }
 
 
@@ -134,10 +166,19 @@ def _candidates(network: Network) -> list[dict[str, Any]]:
     ]
 
 
+def _solve(spec: NetSpec, T: int) -> dict[str, Any]:
+    """What the closed form takes for T samples with its fp32 cache, beside what a foreign runtime does."""
+    from ..cost import closed_form
+    from ..memory import Plan, peak_memory
+    from ..methods import method
+
+    peak = peak_memory(Plan(spec, method("skip-ridge"), T, spec.C, codec="fp32"))
+    return {"samples": T, **asdict(closed_form(spec, T)), "memory": sum(peak.values())}
+
+
 def _described_foreign(spec: NetSpec, rank: int | None, T: int) -> dict[str, Any]:
     """What is known of a network that somebody else runs."""
     from ..cache.codecs import CODECS
-    from ..cost import closed_form
     from ..methods import METHODS, own_rank, parameters
 
     methods = []
@@ -157,7 +198,7 @@ def _described_foreign(spec: NetSpec, rank: int | None, T: int) -> dict[str, Any
         "record_floats": spec.record.size,
         "cache_bytes_per_sample": {name: c.bytes_per_sample(spec.record) for name, c in CODECS.items()},
         "methods": methods,
-        "closed_form": {"samples": T, **asdict(closed_form(spec, T))},
+        "closed_form": _solve(spec, T),
     }
 
 

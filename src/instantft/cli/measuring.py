@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 
+from .. import files
 from ..errors import UsageError
 from .bar import Bar
 from .options import batch_option, engine_of, engine_option, json_option, seed_option, threads_option
@@ -41,6 +43,7 @@ def demo(out: str, seed: int, engine: str | None, as_json: bool) -> None:
 @click.option("--lr", default=0.05, show_default=True, help="Learning rate.")
 @click.option("--rank", default=4, show_default=True)
 @click.option("--repeat", default=3, show_default=True, help="Interleaved rounds; medians are shown.")
+@click.option("--calibrate", is_flag=True, help="Measure this machine instead, for the times of inspect --cost.")
 @threads_option
 @seed_option
 @engine_option
@@ -54,6 +57,7 @@ def bench(
     lr: float,
     rank: int,
     repeat: int,
+    calibrate: bool,
     threads: int,
     seed: int,
     engine: str | None,
@@ -77,6 +81,8 @@ def bench(
     for name, value, high in (("--samples", samples, 1 << 20), ("--repeat", repeat, 1000)):
         if not 1 <= value <= high:
             raise UsageError(f"{name} must be 1 to {high}, not {value}")
+    if calibrate:
+        return _calibrate(engine, as_json)
     network = load_base(base) if base else Network.init(lenet5((1, 28, 28)), seed)
     if not network.spec.own:
         raise UsageError(f"bench must have a network of our own, which PyTorch can run beside it, not {base}")
@@ -127,6 +133,23 @@ def bench(
     click.echo(
         "\n“skip2-lora is” says how many times as fast Skip2-LoRA with its fp32 cache is. "
         "Accuracy is on the samples adapted to."
+    )
+
+
+def _calibrate(engine: str | None, as_json: bool) -> None:
+    from ..calibrating import ROUNDS, calibrate
+    from ..speed import calibration_file, save_calibration
+
+    files.check_file(calibration_file(), "a calibration")
+    chosen, began = engine_of(engine), time.perf_counter()
+    with Bar("calibrating", ROUNDS) as bar:
+        found = calibrate(chosen, bar.update)
+    path, seconds = save_calibration(found), time.perf_counter() - began
+    if as_json:
+        return print_json({"calibration": str(path), "seconds": seconds, "error": found.error, "rates": found.rates})
+    click.echo(
+        f"calibrated in {time_text(seconds)}: nine in ten of what was timed are within {percent(found.error)}\n"
+        f"calibration {path}"
     )
 
 

@@ -74,6 +74,11 @@ task_option = click.option(
 )
 
 
+memory_option = click.option(
+    "--memory-limit", metavar="SIZE", help="Refuse ahead of time what would take more: 64M, 1.5G, … [default: none]"
+)
+
+
 history_option = click.option("--history", is_flag=True, help="Loss and accuracy of every epoch.")
 
 

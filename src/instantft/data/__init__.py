@@ -28,7 +28,17 @@ from ..tasks import TASKS, Task
 from . import pictures, tables
 from .classes import Classes
 
-__all__ = ["MAX_BYTES", "Samples", "as_array", "as_groups", "as_labels", "as_samples", "load_samples", "warn_if_poor"]
+__all__ = [
+    "MAX_BYTES",
+    "Samples",
+    "announced",
+    "as_array",
+    "as_groups",
+    "as_labels",
+    "as_samples",
+    "load_samples",
+    "warn_if_poor",
+]
 
 Floats = NDArray[np.float32]
 
@@ -319,6 +329,18 @@ def load_samples(
     y = as_labels(arrays["y"], x.shape[0], spec, name=f"{path}: y", task=task) if labels else None
     together = as_groups(arrays[groups], x.shape[0], name=f"{path}: {groups}") if groups else None
     return Samples(x, y, shape, together, arrays[weights] if weights else None)
+
+
+def announced(path: str | PathLike[str]) -> tuple[int, int] | None:
+    """How many samples an ``.npz`` says that it holds, and bytes a value of x, without reading them; None if none."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("x.npy") as f:
+            shape, _, dtype, _ = _read_header(f, "x", Path(path))
+    except (OSError, KeyError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+        return None
+    except FileError:  # who reads it will say so
+        return None
+    return (shape[0], dtype.itemsize) if shape else None
 
 
 def _read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, NDArray[Any]]:

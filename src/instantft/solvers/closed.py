@@ -106,7 +106,7 @@ def dual(
     """Solve in the space of samples.
 
     Args:
-        records: of T samples, all of which are decoded in memory.
+        records: of T samples.
         Y: (T, C) targets.
         choice: λ, weights, scale and limit.
         judge: which samples to score.
@@ -127,6 +127,7 @@ def dual(
     if roots is not None:
         c = c * roots
     K = records.dense.combine(parts, weights, s * c, c)
+    del parts
     if lifting is not None:
         u = lifting.project(records.taps(slice(0, len(records))))
         K += c[:, None].astype(dtype) * c.astype(dtype) * lifting.gram(u, dtype)
@@ -139,11 +140,11 @@ def dual(
 
     weighted = c[:, None] * alpha
     small, bias = weighted.astype(np.float32), weighted.sum(axis=0, dtype=np.float64)
-    taps = records.taps(slice(0, len(records)))
     stretch = {k: s * float(np.sqrt(w)) for k, w in enumerate(choice.weights) if w > 0}
-    W = {k: root * np.asarray(taps[k].T @ small, np.float64) for k, root in stretch.items()}
+    W = {k: stretch[k] * product for k, product in records.products_with(small, list(stretch)).items()}
     pairs = {k: (full, np.eye(Y.shape[1])) for k, full in W.items()}
     if rank is not None and rank < Y.shape[1]:
+        taps = records.taps(slice(0, len(records)))
         X = {k: (root * c)[:, None] * taps[k] for k, root in stretch.items()}
         pairs, reduced = reduce_rank(SampleSpace(X, c, targets, choice.lam), W, bias, rank)
         # What the cut changes about a sample's own fit is taken for what it changes about its left-out score.
@@ -220,7 +221,7 @@ def primal(
         Z, targets = features(rows, dtype)
         A += Z.T @ Z
         R += Z.T @ targets
-    G = A.copy()
+    G = A if rank is None or rank >= C else A.copy()
     G[np.diag_indices_from(G)] += choice.lam
     V = inverse_factor(G, records.dense)
     W = V.T @ (V @ R)

@@ -24,7 +24,7 @@ from .factor import Rows, blocks_of, runs
 from .records import subset
 from .sgd import fit
 
-__all__ = ["best_epochs", "hold_out", "split"]
+__all__ = ["STAIRS", "best_epochs", "hold_out", "split"]
 
 SHARE = 5
 """One sample in so many is held out."""

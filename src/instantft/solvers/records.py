@@ -95,7 +95,7 @@ class Records:
         dense, threads = self.dense, self._threads
         whole = self._products.get(key)
         if whole is None and (rows is None or len(rows) == len(self)):
-            whole = self._products[key] = dense.gram(self._block(key, slice(0, len(self))), np.float32, threads)
+            whole = self._products[key] = self._gram(key, np.float32)
         if whole is not None:
             if rows is None or len(rows) == len(self):
                 return whole
@@ -107,16 +107,43 @@ class Records:
     def parts(self, weights: Sequence[float], dtype: DType) -> tuple[list[Array], list[float]]:
         """P_p and w_p with Σ_k w_k·X_k·X_kᵀ = Σ_p w_p·P_p (T, T), computed in `dtype`, on and below the diagonal.
 
-        Taps of one weight are one part: those that are kept, if they make up the whole, or new ones.
+        Taps of one weight are one part: those that are kept, if they make up the whole, or new ones. None is kept any
+        longer: beside a system of that size there had better be room.
         """
-        self.keep()
         used = {k for k, w in enumerate(weights) if w}
         kept = [taps for taps in self._products if len({weights[k] for k in taps}) == 1 and set(taps) <= used]
         if dtype is np.float32 and sorted(k for taps in kept for k in taps) == sorted(used):
-            return [self._products[taps] for taps in kept], [weights[taps[0]] for taps in kept]
+            found = [self._products[taps] for taps in kept], [weights[taps[0]] for taps in kept]
+            self._products = {}
+            return found
+        self._products = {}
         new = alike(weights)
-        products = [self.dense.gram(self._block(taps, slice(0, len(self))), dtype, self._threads) for taps in new]
-        return products, [weights[taps[0]] for taps in new]
+        return [self._gram(taps, dtype) for taps in new], [weights[taps[0]] for taps in new]
+
+    def _gram(self, taps: tuple[int, ...], dtype: DType) -> Array:
+        """X·Xᵀ (T, T) of neighbouring taps, on and below the diagonal; a pair of chunks at a time where they are not
+        held in memory."""
+        if self._rows is not None or taps == (0,) or len(self) <= CHUNK:
+            return self.dense.gram(self._block(taps, slice(0, len(self))), dtype, self._threads)
+        G: Array = np.zeros((len(self), len(self)), dtype)
+        for rows in self.chunks():
+            X = self._block(taps, rows).astype(dtype, copy=False)
+            G[rows, rows] = self.dense.gram(X, dtype, self._threads)
+            for columns in itertools.islice(self.chunks(), rows.start // CHUNK):
+                np.matmul(X, self._block(taps, columns).astype(dtype, copy=False).T, out=G[rows, columns])
+        return G
+
+    def products_with(self, weights: Floats, taps: Sequence[int]) -> dict[int, Array]:
+        """X_kᵀ·weights (N_k, C) of some taps, float64; weights (T, C)."""
+        if self._rows is not None:
+            every = self.taps(slice(0, len(self)))
+            return {k: np.asarray(every[k].T @ weights, np.float64) for k in taps}
+        found = {k: np.zeros((self.spec.tap_widths[k], weights.shape[1])) for k in taps}
+        for rows in self.chunks():
+            chunk = self.taps(rows)
+            for k in taps:
+                found[k] += chunk[k].T @ weights[rows]
+        return found
 
     def _block(self, taps: tuple[int, ...], which: slice | Rows) -> Floats:
         """Neighbouring taps side by side; the zeros between them add nothing to a product."""
@@ -144,7 +171,11 @@ class Records:
         """c (n, C), the frozen network's output."""
         last = self.spec.record.segments[-1]
         columns = slice(last.offset, last.offset + last.size)
-        return self._rows[:, columns][which] if self._rows is not None else self._read(which)[:, columns]
+        if self._rows is not None:
+            return self._rows[:, columns][which]
+        rows = np.arange(len(self))[which]
+        cuts = range(0, len(rows), CHUNK)
+        return np.concatenate([self._read(rows[a : a + CHUNK])[:, columns] for a in cuts] or [self._x[:0, :0]])
 
 
 def alike(weights: Sequence[float]) -> list[tuple[int, ...]]:

@@ -184,6 +184,7 @@ def fit_ridge(
     groups: Array | None = None,
     taps: Literal["auto", "all"] | Sequence[int] = "auto",
     lift: lifting.Kind | None = None,
+    decoded: bool = True,
     filling: Progress | None = None,
 ) -> RidgeResult:
     """Adapt `base` to labelled samples in closed form.
@@ -200,6 +201,8 @@ def fit_ridge(
         threads: used for running the frozen network.
         groups: (T,) a label a sample; samples of a group are left out together, for the scores and for choosing
             taps. Give them where samples resemble others: one group a recording, a person, a stretch of time.
+        decoded: whether all records may be held decoded in memory; if not, they are read from the store CHUNK at a
+            time, again and again. With full rank and no lift only.
         filling: told how many samples have gone through the frozen network.
         taps: "auto": weighted by leave-one-out (`taps.choose`); "all": equal weights; or the taps to use, equally.
         lift: "arccos": every sample a landmark, 4,096 at most; "nystrom": 256 landmarks; taken only where left-out
@@ -218,6 +221,8 @@ def fit_ridge(
     groups = _check(spec, x, goal, groups)
     if lift is not None and rank is not None and rank < spec.C:
         raise UsageError(f"a lift must go with full rank, {spec.C} or more, not {rank}")
+    if not decoded and (store is None or lift is not None or (rank is not None and rank < spec.C)):
+        raise UsageError("records must be held in memory for a lift, a rank below full, and where there is no cache")
     if numbers is None:
         numbers = np.arange(T, dtype=np.int64)
     D = sum(spec.tap_widths)
@@ -237,7 +242,7 @@ def fit_ridge(
         store.hits, store.misses = store.hits + held, store.misses + T - held
     records = Records(engine, base, x, numbers, store, threads)
     space: Literal["dual", "primal"] = "dual" if T <= D or lift == "arccos" else "primal"
-    if space == "dual" or T * spec.record.width <= MAX_SYSTEM * CHUNK:
+    if decoded and (space == "dual" or T * spec.record.width <= MAX_SYSTEM * CHUNK):
         records.keep()
     filled = time.perf_counter()
 

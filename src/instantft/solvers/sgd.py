@@ -48,8 +48,8 @@ call, and must not depend on the clock."""
 PAPERS_LR = 0.1
 """The papers' learning rate, for methods whose safe step the cache does not tell."""
 
-MAX_ORDER = 1 << 22
-"""Most numbers in one order of samples handed to the engine (16 MiB)."""
+MAX_ORDER = 1 << 20
+"""Most numbers in one order of samples handed to the engine (16 MiB while it is drawn)."""
 
 MAX_EPOCHS = 1_000_000
 MAX_BATCH = 1 << 20

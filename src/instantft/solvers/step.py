@@ -45,6 +45,9 @@ has larger ones the further it is off), and of several taps (of embeddings alone
 MOST = 1024
 """Samples that are looked at."""
 
+AT_ONCE = 128
+"""Samples whose records are decoded together."""
+
 LARGEST = 1.0
 """The step where features are nearly zero and the bound says nothing."""
 
@@ -88,13 +91,14 @@ def features(records: Records, method: Method, rank: int, seed: int) -> Doubles:
     if not method.cacheable:
         raise UsageError(f"a step size from the cache needs a method that leaves it valid, not {method.name}")
     rows, _ = subset(len(records), MOST, seed)
-    taps = records.taps(rows)
     spec = records.spec
-    if method.adapters == "none":
-        return np.concatenate([taps[-1], np.ones((len(rows), 1))], axis=1, dtype=np.float64)
     start = initial(method, spec, rank, seed)
-    parts = [taps[i] @ start[f"lora.{i}-{j}.A"] for i, j in connections(method, spec.L, spec.first_tap)]
-    return np.concatenate(parts, axis=1, dtype=np.float64)
+    H = []
+    for at in range(0, len(rows), AT_ONCE):
+        taps = records.taps(rows[at : at + AT_ONCE])
+        parts = [taps[i] @ start[f"lora.{i}-{j}.A"] for i, j in connections(method, spec.L, spec.first_tap)]
+        H.append(np.concatenate(parts or [taps[-1], np.ones((len(taps[-1]), 1))], axis=1, dtype=np.float64))
+    return np.concatenate(H)
 
 
 def default_momentum(method: Method) -> float:
