@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -684,6 +685,29 @@ def test_memory_that_a_graph_asks_for(fixed: bool, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(onnx_backbone, "MAX_MEMORY", 1 << 28)
     with pytest.raises(FileError, match=r"must (load|run)"):
         from_onnx(path)
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_time_that_a_graph_asks_for(fixed: bool, tmp_path: Path) -> None:
+    """A product of two large matrices that nobody needs, when the model is opened or when it runs: 10^13 operations."""
+    nodes, constants, _ = HEADS["gemm"]
+    size = [N("Shape", ["x"], ["sizes"]), N("ReduceProd", ["sizes"], ["many"]), N("Mul", ["many", "none"], ["nil"])]
+    if fixed:
+        size = [N("Mul", ["none", "none"], ["nil"])]
+    attack = [*size, N("Add", ["nil", "big"], ["huge"]), N("ConstantOfShape", ["huge"], ["k"])]
+    attack += [N("MatMul", ["k", "k"], ["kk"]), N("ReduceSum", ["kk"], ["l"]), N("Add", ["h", "l"], ["m"])]
+    parts = {**CONSTANTS, **constants, "none": np.array([0, 0]), "big": np.array([16_000, 16_000])}
+    path = model(tmp_path, [*BODY, *nodes[:-1], *attack, N("Gemm", ["m", "w3", "b3"], ["y"])], parts)
+    code = (
+        "import sys; from instantft.backbones import onnx; from instantft.cli import run; onnx.MAX_SECONDS = 1.0; "
+        f"sys.exit(run(['inspect', {str(path)!r}]))"
+    )
+    began = time.perf_counter()
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == 2
+    what = "load" if fixed else "run"
+    assert f"must {what} in onnxruntime, but {path} does not: it takes more than 1 seconds" in ended.stderr
+    assert time.perf_counter() - began < 30
 
 
 def test_automatic_taps_are_no_weights_of_channels(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,6 +31,9 @@ from .graph import Graph
 from .onnx_file import WHAT, Model, constant, node, output
 
 __all__ = ["OnnxNetwork", "from_onnx", "tap_nodes"]
+
+MAX_SECONDS = 60.0
+"""Time that opening a model may take, and running PROBED samples for the first time."""
 
 MAX_MEMORY = 1 << 32
 """Bytes that onnxruntime may take at once for a batch or for opening a model, beside the model's own."""
@@ -293,7 +297,7 @@ def _probe(model: Model, values: Sequence[str], inputs: Sequence[Input], channel
         full = (i.shape[1], i.shape[2], i.shape[0]) if channels_last else i.shape
         zeros[i.name] = np.zeros((PROBED, *full), i.type)
     asked = list(dict.fromkeys(v for v in values if v not in zeros))
-    found = zeros | dict(zip(asked, _run(session, asked, zeros, model.path), strict=True))
+    found = zeros | dict(zip(asked, _run(session, asked, zeros, model.path, timely=True), strict=True))
     taps = []
     for v in values:
         array = found[v]
@@ -330,19 +334,55 @@ def _open(model: Model, contents: bytes, threads: int) -> Any:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     try:
         with _bounded(MAX_MEMORY + 8 * len(model.raw) + 4 * sum(path.stat().st_size for path in model.external)):
-            return ort.InferenceSession(
-                bytes(model.raw) + onnx_file.graph(contents), options, providers=["CPUExecutionProvider"]
-            )
+            contents = bytes(model.raw) + onnx_file.graph(contents)
+            return _timely(lambda: ort.InferenceSession(contents, options, providers=["CPUExecutionProvider"]))
     except Exception as e:  # onnxruntime's exceptions have no common root
         raise FileError(f"{WHAT} must load in onnxruntime, but {model.path} does not: {_reason(e)}") from None
 
 
-def _run(session: Any, names: Sequence[str], feeds: Mapping[str, NDArray[Any]], path: Path) -> list[NDArray[Any]]:
+def _run(
+    session: Any, names: Sequence[str], feeds: Mapping[str, NDArray[Any]], path: Path, *, timely: bool = False
+) -> list[NDArray[Any]]:
+    """The values called `names`; `timely`: within MAX_SECONDS, for a model that nobody has run before."""
     try:
         with _bounded(MAX_MEMORY):
-            return list(session.run(list(names), dict(feeds)))
+            if not timely:
+                return list(session.run(list(names), dict(feeds)))
+            import onnxruntime as ort
+
+            options = ort.RunOptions()
+            try:
+                return list(_timely(lambda: session.run(list(names), dict(feeds), options)))
+            except TimeoutError:
+                options.terminate = True  # before the next node
+                raise
     except Exception as e:
         raise FileError(f"{WHAT} must run in onnxruntime, but {path} does not: {_reason(e)}") from None
+
+
+def _timely(work: Callable[[], Any]) -> Any:
+    """What `work` returns, if that is within MAX_SECONDS; else it is left behind, in a thread that ends with Python.
+
+    Raises:
+        TimeoutError: it is not; and whatever `work` raises.
+    """
+    done: list[Any] = []
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except Exception as e:
+            failed.append(e)
+
+    worker = threading.Thread(target=run, daemon=True)
+    worker.start()
+    worker.join(MAX_SECONDS)
+    if failed:
+        raise failed[0]
+    if not done:
+        raise TimeoutError(f"it takes more than {MAX_SECONDS:g} seconds")
+    return done[0]
 
 
 @contextmanager
