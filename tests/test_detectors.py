@@ -1,9 +1,21 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from instantft.watch.detectors import WARM, Adwin, Cusum, Scale, TapStatistics, World
+from instantft import lift
+from instantft.backbones.builtin import Network
+from instantft.engine import get_engine
+from instantft.solvers.calibration import softmax
+from instantft.watch.detectors import WARM, Adwin, Cusum, Scale, Seen, TapStatistics, World
+
+from .watched import trained, world
 
 
 def errors(rates: list[tuple[float, int]], seed: int) -> list[float]:
@@ -78,7 +90,7 @@ def test_cusum_looks_to_both_sides_where_asked(both: bool, alarm: bool) -> None:
 def test_distance_counts_every_tap_alike_and_bounds_each_value() -> None:
     rng = np.random.default_rng(1)
     taps = [rng.normal(3, 2, (400, 5)).astype(np.float32), rng.normal(size=(400, 50)).astype(np.float32)]
-    reference = TapStatistics(taps)
+    reference = TapStatistics.of(taps)
     assert np.mean(reference.distance(taps) ** 2) == pytest.approx(1, abs=0.03)
     far = [taps[0] + 100, taps[1]]
     assert np.mean(reference.distance(far) ** 2) == pytest.approx((16 + 1) / 2, abs=0.05)
@@ -86,7 +98,7 @@ def test_distance_counts_every_tap_alike_and_bounds_each_value() -> None:
 
 
 def test_distance_of_values_that_never_changed_is_finite() -> None:
-    reference = TapStatistics([np.zeros((10, 3), np.float32), np.empty((10, 0), np.float32)])
+    reference = TapStatistics.of([np.zeros((10, 3), np.float32), np.empty((10, 0), np.float32)])
     assert reference.distance([np.ones((2, 3), np.float32), np.empty((2, 0), np.float32)]) == pytest.approx([4, 4])
 
 
@@ -103,3 +115,60 @@ def test_world_is_learnt_then_watched() -> None:
         assert by in found
         assert found.index(by) < 60
         assert world.score >= 1
+
+
+def seen() -> Seen:
+    return Seen.by(get_engine(), trained(), world(0, 500)[0], *world(0, 300, seed=1))
+
+
+def test_what_was_seen_is_kept_as_text() -> None:
+    before = seen()
+    after = Seen.read(before.text(), trained().spec.tap_widths)
+    assert after is not None
+    assert (after.accuracy, after.samples) == (before.accuracy, 300)
+    assert before.accuracy is not None
+    assert before.accuracy > 0.95
+    assert (after.distance, after.doubt) == (before.distance, before.doubt)
+    taps = [np.ones((2, n), np.float32) for n in trained().spec.tap_widths]
+    assert (after.taps.distance(taps) == before.taps.distance(taps)).all()
+    assert before.distance.mean == pytest.approx(1, abs=0.1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    key=st.sampled_from(["accuracy", "samples", "distance", "doubt", "taps"]),
+    value=st.none()
+    | st.booleans()
+    | st.floats()
+    | st.integers()
+    | st.text(max_size=9)
+    | st.lists(st.floats(), max_size=3),
+)
+def test_nonsense_in_a_base_file_is_no_knowledge(key: str, value: object) -> None:
+    held = {**json.loads(seen().text()), key: value}
+    found = Seen.read(json.dumps(held), trained().spec.tap_widths)
+    if found is not None:
+        assert np.isfinite([found.distance.mean, found.doubt.deviation]).all()
+        assert found.samples > 0
+    assert Seen.read(json.dumps(held)[:-3], trained().spec.tap_widths) is None
+    assert Seen.read(seen().text(), (6, 5)) is None
+
+
+def test_the_base_file_keeps_it_and_is_the_same_network(tmp_path: Path) -> None:
+    network = replace(trained(), seen=seen().text())
+    network.save(tmp_path / "base.safetensors")
+    again = Network.load(tmp_path / "base.safetensors")
+    assert again.hash == trained().hash
+    assert again.seen == network.seen
+
+
+def test_a_world_that_is_known_needs_no_warming_up() -> None:
+    known = World(seen())
+    x = np.concatenate([world(0, 200, seed=3)[0], world(0, 200, seed=4)[0] + 2]).astype(np.float32)
+    found = []
+    for row in x:
+        records = get_engine().records(trained().spec, trained().tensors, row[None])
+        taps, c = lift.taps_of(trained().spec, row[None], records)
+        found.append(known.add(1 - float(softmax(c).max()), taps))
+    alarms = [i for i, by in enumerate(found) if by]
+    assert 200 <= alarms[0] < 240

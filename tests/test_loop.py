@@ -12,6 +12,7 @@ import pytest
 from instantft.adapters import Adapter
 from instantft.engine import forward, get_engine
 from instantft.errors import DivergedError, UsageError
+from instantft.watch.detectors import Seen
 from instantft.watch.journal import Journal
 from instantft.watch.loop import Command, Label, Loop, Sample, Skipped, Trace
 
@@ -114,6 +115,19 @@ def test_no_labels_no_adaptation_but_the_drift_is_seen(tmp_path: Path) -> None:
     assert journal.state.wanted
     assert journal.state.live == 0
     journal.close()
+
+
+def test_a_stream_that_begins_in_another_world(tmp_path: Path) -> None:
+    """What the base file knows of its own world makes up for a past that the watcher has not seen."""
+    known = Seen.by(get_engine(), trained(), world(0, 500)[0], *world(0, 300, seed=7))
+    for name, what in (("with", known), ("without", None)):
+        journal = journal_in(tmp_path / name)
+        events = run(loop_on(journal, known=what), samples(1, 200, seed=1))
+        assert bool(named(events, "adapted")) == (what is not None)
+        journal.close()
+    assert "errors" in {
+        e["by"] for e in named(run(loop_on(journal_in(tmp_path / "x"), known=known), samples(1, 99)), "drift")
+    }
 
 
 def test_the_gate_keeps_what_is_there_and_says_why(tmp_path: Path) -> None:

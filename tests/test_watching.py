@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from instantft.backbones.builtin import Network
 from instantft.cli import run
+from instantft.watch.detectors import Seen
 from instantft.watch.journal import read_state
 
 from .watched import trained, world
@@ -184,6 +186,30 @@ def test_a_folder_and_csv(base_file: Path, tmp_path: Path) -> None:
     assert [e["event"] for e in found.events] == ["status"]
     assert found.events[0]["labels"] == 40
     assert found.events[0]["right"] > 35
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_samples_of_the_world_before(base_file: Path, tmp_path: Path, labels: bool) -> None:
+    x, y = world(0, 300)
+    arrays: dict[str, Any] = {"x": x, "y": y} if labels else {"x": x}
+    np.savez(tmp_path / "before.npz", **arrays)
+    found = Watcher(base_file, tmp_path / "state", "--reference", tmp_path / "before.npz", "--no-predictions")
+    found.send(lines(1, 200, seed=1))
+    assert found.close() == 0
+    by = [e["by"] for e in found.events if e["event"] == "drift"]
+    assert by
+    assert ("errors" in by) == labels
+
+
+def test_pretrain_leaves_what_it_saw(tmp_path: Path) -> None:
+    x, y = world(0, 300)
+    np.savez(tmp_path / "train.npz", x=x, y=y)
+    out = tmp_path / "base.safetensors"
+    assert run(["pretrain", "dnn", "--data", str(tmp_path / "train.npz"), "--hidden", "5", "--out", str(out)]) == 0
+    network = Network.load(out)
+    known = Seen.read(network.seen, network.spec.tap_widths)
+    assert known is not None
+    assert (known.samples, known.accuracy) == (300, None)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ class Network:
         tensors: float32 arrays, names and shapes of ``spec.parameters``. They are copied if not read-only.
         mean, std: what every channel of a sample is centred on and divided by before the network sees it; one value,
             or one a channel (one a feature for vectors). Empty: neither.
+        seen: what its training samples looked like to it, for whoever watches for drift (`watch.detectors`); no part of
+            what the network is. Empty: not known.
 
     Raises:
         UsageError: the tensors do not fit the shape, a value is not finite, or a variance is negative.
@@ -57,6 +59,7 @@ class Network:
     tensors: Mapping[str, Floats]
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    seen: str = ""
 
     def __post_init__(self) -> None:
         if type(self) is Network and not self.spec.own:
@@ -198,6 +201,7 @@ class Network:
             "mean": json.dumps(list(self.mean)),
             "std": json.dumps(list(self.std)),
             "hash": self.hash,
+            **({"seen": self.seen} if self.seen else {}),
         }
         files.write_whole(Path(path), files.encode_tensors(self.tensors, metadata), "a base file")
 
@@ -224,7 +228,7 @@ class Network:
         tensors, metadata = files.read_tensors(path, "a base file", expect)
         try:
             mean, std = (_numbers(metadata.get(key, "[]")) for key in ("mean", "std"))
-            network = cls(found[0], tensors, mean, std)
+            network = cls(found[0], tensors, mean, std, metadata.get("seen", ""))
         except (ValueError, RecursionError) as e:
             what = "a base file must hold usable values and preprocessing"
             raise FileError(f"{what}, but {path} does not: {e}") from None

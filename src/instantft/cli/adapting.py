@@ -83,6 +83,7 @@ def pretrain(
     from ..cost import network_parameters
     from ..data import as_samples, warn_if_poor
     from ..solvers import sgd
+    from ..watch.detectors import Seen
 
     if net not in ("dnn", "lenet5"):
         raise UsageError(f"NET must be dnn or lenet5, not {net!r:.60}")
@@ -119,6 +120,8 @@ def pretrain(
         )
     seconds = time.perf_counter() - began
     accuracy = score_of(chosen, network, None, test) if test else None
+    shown = (test.x, test.labels) if test else (x, None)
+    network = replace(network, seen=Seen.by(chosen, network, x, *shown).text())
     network.save(out)
     result = {
         "network": net,

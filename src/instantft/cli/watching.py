@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import FileError, UsageError
+from ..errors import DataError, FileError, UsageError
 from .options import (
     engine_of,
     engine_option,
@@ -30,6 +30,9 @@ from .show import percent, print_json
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from ..backbones.builtin import Network
+    from ..engine import Engine
+    from ..watch.detectors import Seen
     from ..watch.journal import Journal, State
     from ..watch.loop import Event, Loop, Message
     from ..watch.mqtt import Mqtt
@@ -78,6 +81,7 @@ state_argument = click.argument("folder", metavar="STATE")
 @click.option("--allow-missing", is_flag=True, help="Adapt though some class was never seen; it will be forgotten.")
 @click.option("--predictions/--no-predictions", default=True, help="Whether to print every prediction.")
 @click.option("--status", default=60.0, show_default=True, metavar="SECONDS", help="Between two lines on how it goes.")
+@click.option("--reference", metavar="NPZ", help="Samples of the world before. [default: what BASE knows]")
 @click.option("--http", metavar="[HOST:]PORT", help="Serve a page and /metrics; HOST if not this machine only.")
 @taps_option
 @seed_option
@@ -98,6 +102,7 @@ def watch(
     allow_missing: bool,
     predictions: bool,
     status: float,
+    reference: str | None,
     http: str | None,
     taps: str | None,
     seed: int,
@@ -129,6 +134,7 @@ def watch(
     network = load_base(base, taps)
     chosen = network.bind(engine_of(engine))
     means, stds = preprocessing(network, mean, std)
+    known = _looked_at(reference, network, chosen, means, stds) if reference else None
     messages: queue.Queue[Message | None] = queue.Queue(WAITING)
     over = threading.Event()
     put = _putter(messages, over)
@@ -155,6 +161,7 @@ def watch(
                 seed=seed,
                 labels=labels,
                 pending=pending,
+                known=known,
                 allow_missing=allow_missing,
                 meter=power.meter,
             )
@@ -168,6 +175,20 @@ def watch(
         if page is not None:
             page.close()
         journal.close()
+
+
+def _looked_at(
+    reference: str, network: Network, engine: Engine, means: tuple[float, ...], stds: tuple[float, ...]
+) -> Seen:
+    """What the samples in a file look like to the network; with labels, how many it gets right."""
+    from ..data import load_samples
+    from ..watch.detectors import Seen
+
+    try:
+        samples = load_samples(reference, network.spec, means, stds)
+    except DataError:
+        samples = load_samples(reference, network.spec, means, stds, labels=False)
+    return Seen.by(engine, network, samples.x, samples.x, samples.y)
 
 
 def _putter(messages: queue.Queue[Message | None], over: threading.Event) -> Callable[[Message | None], None]:

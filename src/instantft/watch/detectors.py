@@ -7,13 +7,15 @@ told the errors of the live adapter, which is what labels are good for.
 
 `Cusum` knows mean and deviation of the world before, and sums up what goes beyond them (Page, Continuous Inspection
 Schemes, 1954). It is told how unsure the network is of a sample, and how far the sample's taps are from those of the
-training data, for which no label is needed.
+training data (kept in the base file) or of the first samples, for which no label is needed.
 
 Both say how many values belong to the new world.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,9 +24,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..engine import Floats
+from .. import lift
+from ..backbones.builtin import Network
+from ..engine import Engine, Floats
+from ..solvers.calibration import softmax
 
-__all__ = ["Adwin", "Cusum", "Scale", "TapStatistics", "World"]
+__all__ = ["Adwin", "Cusum", "Scale", "Seen", "TapStatistics", "World"]
 
 Array = NDArray[Any]
 
@@ -47,6 +52,12 @@ in e^20 values."""
 
 WARM = 256
 """Samples after which mean and deviation of the world as it is now are taken to be known."""
+
+LOOKED = 2048
+"""Samples that are looked at to know what a world looks like."""
+
+MOST_KEPT = 600_000
+"""Bytes of tap statistics that a base file takes; its header has a bound."""
 
 CLIPPED = 4.0
 """Deviations beyond which a value counts no more, so that one outlier is no drift."""
@@ -192,23 +203,27 @@ class TapStatistics:
     Every tap counts alike, however wide it is.
 
     Args:
-        taps: x^0 … x^{L-1} of the world before, (n, N_k) each.
+        means, deviations: μ^k and σ^k of x^0 … x^{L-1}, (N_k,) each.
     """
 
-    def __init__(self, taps: Sequence[Floats]) -> None:
-        self._means: list[Floats] = []
-        self._deviations: list[Floats] = []
+    def __init__(self, means: Sequence[Floats], deviations: Sequence[Floats]) -> None:
+        self.means, self.deviations = list(means), list(deviations)
+
+    @classmethod
+    def of(cls, taps: Sequence[Floats]) -> TapStatistics:
+        """Of samples with these taps, (n, N_k) each."""
+        deviations = []
         for x in taps:
             deviation = x.std(axis=0)
             # A value that never changed before is not infinitely surprising.
             floor = max(0.1 * float(np.sqrt(np.mean(deviation * deviation))) if deviation.size else 0.0, 1e-6)
-            self._means.append(x.mean(axis=0))
-            self._deviations.append(np.maximum(deviation, np.float32(floor)))
+            deviations.append(np.maximum(deviation, np.float32(floor)))
+        return cls([x.mean(axis=0) for x in taps], deviations)
 
     def distance(self, taps: Sequence[Floats]) -> NDArray[np.float64]:
         """(n,) of samples with these taps, (n, N_k) each."""
         total, used = np.zeros(len(taps[0])), 0
-        for x, mean, deviation in zip(taps, self._means, self._deviations, strict=True):
+        for x, mean, deviation in zip(taps, self.means, self.deviations, strict=True):
             if not x.shape[1]:
                 continue
             z = (x - mean) / deviation
@@ -218,20 +233,108 @@ class TapStatistics:
         return np.sqrt(total / max(used, 1))
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a world looked like to a network: kept in its base file, so that a watcher need not learn it anew.
+
+    Attributes:
+        taps: statistics of the training samples' taps.
+        distance: mean and deviation of a sample's distance from them.
+        doubt: of one minus the largest probability.
+        accuracy: fraction that the network gets right; None: not known.
+        samples: how many were looked at.
+    """
+
+    taps: TapStatistics
+    distance: Scale
+    doubt: Scale
+    accuracy: float | None
+    samples: int
+
+    @classmethod
+    def by(cls, engine: Engine, base: Network, train: Floats, test: Floats, y: NDArray[np.int32] | None = None) -> Seen:
+        """What `base` sees of samples.
+
+        Args:
+            engine: bound to it.
+            train: (T, N) what it was trained on; at most LOOKED of them count, evenly spread.
+            test: (n, N) samples of the same world by which distance and doubt are scaled; best not those it was trained
+                on, of which it is too sure.
+            y: (n,) their labels, where accuracy is to be known.
+        """
+
+        def look(x: Floats) -> tuple[list[Floats], Floats]:
+            some = np.ascontiguousarray(x[:: max(1, -(-len(x) // LOOKED))])
+            return lift.taps_of(base.spec, some, engine.records(base.spec, base.tensors, some))
+
+        taps = TapStatistics.of(look(train)[0])
+        seen, c = look(test)
+        doubt = 1 - softmax(c.astype(np.float64)).max(axis=1)
+        accuracy = None
+        if y is not None:
+            accuracy = float((c.argmax(axis=1) == y[:: max(1, -(-len(y) // LOOKED))]).mean())
+        return cls(taps, Scale.of(taps.distance(seen)), Scale.of(doubt), accuracy, len(c))
+
+    def text(self) -> str:
+        """For a base file; empty where the taps are too wide for one."""
+        values = np.concatenate([*self.taps.means, *self.taps.deviations]).astype("<f4")
+        if values.nbytes > MOST_KEPT:
+            return ""
+        held = {
+            "accuracy": self.accuracy,
+            "samples": self.samples,
+            "distance": [self.distance.mean, self.distance.deviation],
+            "doubt": [self.doubt.mean, self.doubt.deviation],
+            "taps": base64.b64encode(values.tobytes()).decode(),
+        }
+        return json.dumps(held)
+
+    @classmethod
+    def read(cls, text: str, widths: Sequence[int]) -> Seen | None:
+        """What `text` wrote, for taps of these widths; None where it makes no sense."""
+        try:
+            held = json.loads(text)
+            values = np.frombuffer(base64.b64decode(held["taps"], validate=True), "<f4").astype(np.float32)
+            halves = values.reshape(2, sum(widths))
+            means, deviations = (np.split(half, np.cumsum(widths)[:-1]) for half in halves)
+            distance, doubt = (Scale(float(held[name][0]), float(held[name][1])) for name in ("distance", "doubt"))
+            accuracy, samples = held["accuracy"], int(held["samples"])
+            accuracy = None if accuracy is None else float(accuracy)
+        except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError):
+            return None
+        numbers = [distance.mean, distance.deviation, doubt.mean, doubt.deviation]
+        good = (
+            np.isfinite(values).all()
+            and (halves[1] > 0).all()
+            and np.isfinite(numbers).all()
+            and min(distance.deviation, doubt.deviation) > 0
+            and samples > 0
+            and (accuracy is None or 0 <= accuracy <= 1)
+        )
+        return cls(TapStatistics(means, deviations), distance, doubt, accuracy, samples) if good else None
+
+
 class World:
     """The world as it was when this was made, and whether it still is: what can be seen without labels.
 
-    The first WARM samples show what is usual; then CUSUM watches.
+    Args:
+        known: what is usual; None: the first WARM samples show it. Then CUSUM watches.
 
     Attributes:
         begun: samples since the drift began, after an alarm.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Seen | None = None) -> None:
         self._warm: list[tuple[float, Sequence[Floats]]] = []
         self._taps: TapStatistics | None = None
         self._watched: dict[str, Cusum] = {}
         self.begun = 0
+        if known is not None:
+            self._know(known.taps, known.doubt, known.distance)
+
+    def _know(self, taps: TapStatistics, doubt: Scale, distance: Scale) -> None:
+        self._taps = taps
+        self._watched = {"confidence": Cusum(doubt), "taps": Cusum(distance, both=True)}
 
     @property
     def score(self) -> float:
@@ -256,12 +359,9 @@ class World:
             self._warm.append((doubt, taps))
             if len(self._warm) == WARM:
                 whole = [np.concatenate(tap) for tap in zip(*(t for _, t in self._warm), strict=True)]
-                self._taps = TapStatistics(whole)
+                taps_then = TapStatistics.of(whole)
                 doubts = np.array([d for d, _ in self._warm])
-                self._watched = {
-                    "confidence": Cusum(Scale.of(doubts)),
-                    "taps": Cusum(Scale.of(self._taps.distance(whole)), both=True),
-                }
+                self._know(taps_then, Scale.of(doubts), Scale.of(taps_then.distance(whole)))
                 self._warm = []
             return None
         seen = {"confidence": doubt, "taps": float(self._taps.distance(taps)[0])}

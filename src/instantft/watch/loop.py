@@ -37,8 +37,8 @@ from ..errors import FileError, InstantFTError, UsageError
 from ..solvers.calibration import softmax
 from ..solvers.gate import SURE, Decision, gate
 from ..tuner import FineTuner
-from .detectors import Adwin, World
-from .journal import Journal, Version
+from .detectors import Adwin, Seen, World
+from .journal import FROZEN, Journal, Version
 
 __all__ = ["Command", "Event", "Label", "Loop", "Message", "Sample", "Skipped", "Work"]
 
@@ -165,6 +165,7 @@ class Loop:
         method, cache, seed: as for `FineTuner`; a method that leaves the network as it is.
         labels: labelled samples of the new world that the first adaptation needs.
         pending: samples that wait for their label at most.
+        known: what the world looked like to the network that it was trained in; None: as the base says, or not known.
         allow_missing: whether to adapt though no sample of some class was ever seen.
         clock: seconds since 1970.
         meter: measures energy.
@@ -185,6 +186,7 @@ class Loop:
         seed: int = 0,
         labels: int = LABELS,
         pending: int = 4096,
+        known: Seen | None = None,
         allow_missing: bool = False,
         clock: Callable[[], float] = time.time,
         meter: Meter = lambda: lambda: None,
@@ -211,6 +213,7 @@ class Loop:
         self.accuracy, self.drift = Trace(), Trace(highest=True)
         self.adaptations: list[Event] = []
         self._spent: tuple[float, float | None] = 0.0, None
+        self._known = Seen.read(base.seen, base.spec.tap_widths) if known is None else known
         self._world = World()
         self._began = self._synced = clock()
         self._number = max(int(journal.replay.number.max(initial=0)), journal.state.since)
@@ -564,7 +567,11 @@ class Loop:
         state, live = self._journal.state, self._journal.live
         self._tensors: Mapping[str, Floats] = {} if live is None else live.tensors
         self._errors, self._own = Adwin(), 0
-        self._world = World()
+        # Of the frozen network it may be known how it was in its own world, if that is what it was until now.
+        known = self._known if state.live == FROZEN and not state.switches else None
+        self._world = World(known)
+        if known is not None and known.accuracy is not None:
+            self._errors.expect(1 - known.accuracy, min(known.samples, PROMISE))
         self._rival: Mapping[str, Floats] | None = None
         self._versus: list[tuple[bool, bool]] = []
         version = state.versions.get(state.live)
