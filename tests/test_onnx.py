@@ -510,6 +510,41 @@ def test_model_as_converted_from_tflite(tmp_path: Path) -> None:
     assert np.abs(run(path, x.transpose(0, 2, 3, 1)) - adapted).max() > 0.01
 
 
+def test_commands_on_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Inputs by their names in the .npz, a length that the file leaves open, and labels of words."""
+
+    def ask(*arguments: str) -> dict[str, Any]:
+        assert command_line([*arguments, "--json"]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    path, data, adapter = str(encoder(tmp_path, True, "s")), str(tmp_path / "x.npz"), str(tmp_path / "adapter")
+    x, y = sentences(60)
+    np.savez(data, **x, y=y, person=np.arange(60) // 6)
+    length = ("--input-shape", "12")
+    assert len(ask("inspect", path, *length)["candidates"]) == 3
+    made = ask("finetune", path, *length, "--data", data, "--eval", data, "--out", adapter)
+    counted = (y != -100) & (x["attention_mask"] == 1)
+    assert made["samples"] == counted.sum()
+    assert made["accepted"]
+    tuner = FineTuner(from_onnx(path, input_shape=(12,))).fit(x, y)
+    assert made["accuracy_after"] == pytest.approx(tuner.score(x, y))
+    assert ask("evaluate", path, "--adapter", adapter, "--data", data)["n"] == counted.sum()
+    ask("predict", path, "--adapter", adapter, "--data", data, "--out", str(tmp_path / "p.npz"))
+    np.testing.assert_array_equal(np.load(tmp_path / "p.npz")["label"], tuner.predict(x).reshape(-1))
+    ask("export", "onnx", path, "--adapter", adapter, "--out", str(tmp_path / "out.onnx"))
+    close(run_all(tmp_path / "out.onnx", x), tuner.decision_function(x))
+    ask("finetune", path, *length, "--data", data, "--out", str(tmp_path / "by-person"), "--groups", "person")
+    np.savez(data, input_ids=x["input_ids"], y=y)
+    for arguments, message in (
+        (length, "must hold input_ids and attention_mask and y"),
+        ((), "give input_shape"),
+        (("--input-shape", "many"), "--input-shape must be whole numbers"),
+    ):
+        assert command_line(["finetune", path, *arguments, "--data", data, "--out", str(tmp_path / "no")]) == 2
+        assert message in capsys.readouterr().err
+
+
 # -- bad input -------------------------------------------------------------------------------------------------------
 
 

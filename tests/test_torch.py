@@ -661,6 +661,19 @@ def test_modules_that_end_in_scores() -> None:
         close(call(base.adapted(tuner.adapter_), x), tuner.decision_function(x))
 
 
+@pytest.mark.parametrize("targets", [1, 3])
+def test_numbers_and_several_labels(targets: int) -> None:
+    x = np.random.default_rng(0).normal(size=(80, 6)).astype(np.float32)
+    wanted = (x[:, :1] * x[:, 1:2] + x[:, :targets]).astype(np.float32)
+    module = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, targets))
+    base = from_torch(module, torch.zeros(2, 6))
+    tuner = FineTuner(base, task="regression").fit(x, wanted)
+    assert tuner.score(x, wanted) > 0.8
+    close(call(base.adapted(tuner.adapter_), x), tuner.decision_function(x))
+    if targets > 1:
+        assert FineTuner(base, task="multi-label").fit(x, wanted > 0).score(x, wanted > 0) > 0.8
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_bad_modules_and_examples() -> None:
     module = Plain(lambda y: y)

@@ -86,7 +86,12 @@ MAX_NUMBER = 2**63 - 2
 """Largest sample number, so that the number after it is still an int64."""
 
 
-def load(path: str | PathLike[str], taps: str | None = None, adapter: Adapter | None = None) -> Network:
+def load(
+    path: str | PathLike[str],
+    taps: str | None = None,
+    adapter: Adapter | None = None,
+    input_shape: Sequence[int] | None = None,
+) -> Network:
     """The base network in a ``.safetensors`` file of ours, or in an ``.onnx`` file (extra ``[onnx]``).
 
     Args:
@@ -95,21 +100,24 @@ def load(path: str | PathLike[str], taps: str | None = None, adapter: Adapter | 
         adapter: the network gets the taps that it was made with, of an ONNX model, or as many outputs as it has, of a
             network of ours that was given new ones (`Network.with_outputs`).
 
+        input_shape: of an ONNX model that leaves it open, as `from_onnx` takes it.
+
     Raises:
         FileError: missing, truncated, damaged, or with a wrong hash.
-        UsageError: it is a file of PyTorch's; or taps are given for a network of ours, which has its own.
+        UsageError: it is a file of PyTorch's; or taps or sizes are given for a network of ours, which has its own.
     """
     if Path(path).suffix.lower() == ".onnx":
         from .backbones.onnx import from_onnx
 
-        return from_onnx(path, taps, like=None if adapter is None or adapter.spec.own else adapter.spec)
+        like = None if adapter is None or adapter.spec.own else adapter.spec
+        return from_onnx(path, taps, like=like, input_shape=input_shape)
     if Path(path).suffix.lower() in PICKLED:
         raise UsageError(
             f"a PyTorch module must be given to from_torch in Python, or be exported to ONNX, not loaded from {path}: "
             "such files are pickles, which can run any code"
         )
-    if taps is not None:
-        raise UsageError(f"taps must be given for ONNX models only, not for {path}")
+    if taps is not None or input_shape is not None:
+        raise UsageError(f"taps and sizes must be given for ONNX models only, not for {path}")
     network = Network.load(path)
     if adapter is not None and adapter.base_hash != network.hash:
         fresh = network.with_outputs(adapter.spec.C)

@@ -391,14 +391,14 @@ def row_shape(inputs: Sequence[Input], positions: int) -> tuple[int, ...]:
 
 
 def positions_of(scores: tuple[int, ...], inputs: Sequence[Input], refusal: InstantFTError) -> int:
-    """Positions that a network scores, whose output for a sample has this shape: 1 of (C,), P of (P, C) where an input
-    is a sequence of P.
+    """Positions that a network scores, whose output for a sample has this shape: 1 of (C,), C one or more, P of (P, C)
+    where an input is a sequence of P.
 
     Raises:
         refusal: it is neither.
     """
     large = [n for n in scores if n > 1]
-    if len(large) == 1:
+    if len(large) == 1 or (scores and not large):
         return 1
     if len(scores) == 2 and len(large) == 2 and any(i.shape[:1] == scores[:1] for i in inputs):
         return scores[0]

@@ -127,7 +127,8 @@ def from_onnx(
             sequence over G·G); None or "auto": up to MAX_TAPS, evenly spread, each on the finest grid that fits its
             share of BUDGET bytes a record; "auto:BYTES": another budget.
         like: the shape of an earlier network of this file, whose taps are taken instead, as for an adapter's.
-        input_shape: (N,) or (channels, height, width), where the file leaves sizes open; of several inputs, by name.
+        input_shape: (N,) or (channels, height, width), where the file leaves sizes open; of several inputs, by name, or
+            one number that is every open size.
         mean, std: preprocessing of samples, as in `Network`.
 
     Raises:
@@ -257,7 +258,9 @@ def _inputs(
         given = _open_sizes(shapes, like, [v.name for v in model.inputs])
     inputs = []
     for value, wanted in zip(model.inputs, shapes, strict=True):
-        sizes_given = given.get(value.name) if isinstance(given, Mapping) else given if len(shapes) == 1 else None
+        sizes_given = given.get(value.name) if isinstance(given, Mapping) else given
+        if len(shapes) > 1 and not isinstance(given, Mapping) and given is not None and len(given) == 1:
+            sizes_given = [given[0] if n is None else n for n in wanted]
         if sizes_given is not None:
             fits = len(sizes_given) == len(wanted)
             if not fits or any(w not in (None, g) for w, g in zip(wanted, sizes_given, strict=True)):

@@ -19,11 +19,13 @@ from .options import (
     engine_of,
     engine_option,
     history_option,
+    input_shape_option,
     json_option,
     memory_option,
     preprocessing,
     preprocessing_options,
     seed_option,
+    sizes,
     source_options,
     taps_option,
     task_option,
@@ -181,6 +183,7 @@ def pretrain(
 @click.option("--rank", type=int, help="Of the adapters. [default: 4; full for skip-ridge]")
 @click.option("--lift", metavar="KIND", help="arccos or nystrom: a kernel of the taps, where that helps skip-ridge.")
 @taps_option
+@input_shape_option
 @click.option("--groups", metavar="KEY", help="Integers in --data: samples of a group are left out together.")
 @task_option
 @click.option("--outputs", type=int, metavar="C", help="Give BASE a new head of C outputs. [default: it keeps its own]")
@@ -214,6 +217,7 @@ def finetune(
     rank: int | None,
     lift: str | None,
     taps: str | None,
+    input_shape: str | None,
     groups: str | None,
     task: str | None,
     outputs: int | None,
@@ -244,7 +248,7 @@ def finetune(
     from ..tuner import FineTuner
     from ..tuner import load as load_base
 
-    network = load_base(base, taps)
+    network = load_base(base, taps, input_shape=sizes("--input-shape", input_shape))
     if outputs is not None:
         network = network.with_outputs(outputs)
     wanted = check_task(task or TASKS[0])
@@ -291,6 +295,7 @@ def finetune(
         label=label,
         beside=eval_path,
         classes=class_names(old),
+        form=network,
     )
     test = None
     if eval_path:
@@ -304,6 +309,7 @@ def finetune(
             label=label,
             beside=data,
             classes=samples.classes,
+            form=network,
         )
     before = score_of(chosen, network, None, test, threads, wanted) if test else None
     T = len(samples.x)

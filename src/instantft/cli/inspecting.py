@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
-from .options import batch_option, json_option, memory_option, taps_option
+from .options import batch_option, input_shape_option, json_option, memory_option, sizes, taps_option
 from .show import flops_text, print_json, shape_text
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @batch_option
 @memory_option
 @taps_option
+@input_shape_option
 @json_option
 def inspect(
     path: str,
@@ -42,6 +43,7 @@ def inspect(
     batch_size: int,
     memory_limit: str | None,
     taps: str | None,
+    input_shape: str | None,
     as_json: bool,
 ) -> None:
     """Layers, taps, shapes, parameters, FLOPs, and bytes a sample in the cache; with --cost, what a run would take."""
@@ -79,7 +81,7 @@ def inspect(
         }
         rank = adapter.rank
     else:
-        network = load_base(path, taps)
+        network = load_base(path, taps, input_shape=sizes("--input-shape", input_shape))
         spec = network.spec
         result = {"kind": "base", "hash": network.hash, "mean": list(network.mean), "std": list(network.std)}
         if not spec.own:

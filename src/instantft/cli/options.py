@@ -56,6 +56,11 @@ batch_option = click.option("--batch-size", default=20, show_default=True)
 adapter_option = click.option("--adapter", metavar="DIR", help="Adapter to use with it. [default: none]")
 
 
+input_shape_option = click.option(
+    "--input-shape",
+    metavar="N[,N…]",
+    help="Of an ONNX model that leaves sizes open: C,H,W, or the length of its sequences.",
+)
 taps_option = click.option(
     "--taps", metavar="T[,T…]", help="Of an ONNX model: names, patterns, NAME@GRID, or auto[:BYTES]. [default: auto]"
 )
@@ -112,6 +117,15 @@ def values(option: str, text: str | None) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise UsageError(f"{option} must be numbers with commas between them, not {text!r:.60}") from None
+
+
+def sizes(option: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() and len(part) <= 9 and int(part) > 0 for part in parts):
+        raise UsageError(f"{option} must be whole numbers above 0 with commas between them, not {text!r:.60}")
+    return tuple(int(part) for part in parts)
 
 
 def preprocessing(

@@ -93,8 +93,9 @@ def forward_samples(
     means, stds = preprocessing(network, mean, std, adapter)
     known, C = class_names(adapter), network.spec.C
     samples = read_samples(
-        data, network.spec, means, stds, labels=labels, task=chosen_task, classes=known, size=size, label=label
-    )
+        data, network.spec, means, stds, labels=labels, task=chosen_task, classes=known, size=size, label=label,
+        form=network,
+    )  # fmt: skip
     if labels and samples.classes and len(samples.classes) != C and not known:
         raise DataError(
             f"{data} must show all of the network's {C} classes, so that it is known which is which, but shows "

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,6 +30,7 @@ from .classes import Classes
 
 __all__ = [
     "MAX_BYTES",
+    "Form",
     "Samples",
     "announced",
     "as_array",
@@ -50,6 +51,17 @@ BYTE_LIKE = 64
 
 MAX_CLASSES = 1 << 16
 """Largest number of classes that labels may imply where no network says how many there are."""
+
+
+class Form(Protocol):
+    """What a network says of how samples come (`Network`)."""
+
+    @property
+    def keys(self) -> tuple[str, ...]: ...
+    def pack(self, x: Any) -> ArrayLike: ...
+    def flat(
+        self, rows: Floats, y: NDArray[Any], groups: Any = None, weights: Any = None
+    ) -> tuple[Floats, NDArray[Any], Any, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -278,6 +290,7 @@ def load_samples(
     size: int | None = None,
     classes: Classes = (),
     progress: Callable[[float], None] | None = None,
+    form: Form | None = None,
 ) -> Samples:
     """Read and check samples.
 
@@ -293,6 +306,7 @@ def load_samples(
         size: pixels to which images are scaled (`pictures.read_folder`); None: the network's.
         classes: names the classes are known by, for folders and CSV files; empty: the names found, sorted.
         progress: is told the share of the images that is read.
+        form: the network, where an ``.npz`` may hold several inputs by their names, or labels of positions.
 
     Raises:
         FileError: missing, unreadable, of none of these kinds, damaged, or larger than MAX_BYTES.
@@ -324,11 +338,17 @@ def load_samples(
         together = as_groups(held.columns[groups], len(x), name=f"{path}: {groups}") if groups else None
         return Samples(x, y, shape, together, held.columns[weights] if weights else None, held.classes)
     extra = tuple(key for key in (groups, weights) if key)
-    arrays = _read_npz(path, ("x", *(("y",) if labels else ()), *extra))
-    x, shape = as_samples(arrays["x"], spec, mean, std, name=f"{path}: x")
-    y = as_labels(arrays["y"], x.shape[0], spec, name=f"{path}: y", task=task) if labels else None
-    together = as_groups(arrays[groups], x.shape[0], name=f"{path}: {groups}") if groups else None
-    return Samples(x, y, shape, together, arrays[weights] if weights else None)
+    keys = form.keys if form else ("x",)
+    arrays = _read_npz(path, (*keys, *(("y",) if labels else ()), *extra))
+    given: Any = arrays["x"] if keys == ("x",) else {key: arrays[key] for key in keys}
+    x, shape = as_samples(form.pack(given) if form else given, spec, mean, std, name=f"{path}: x")
+    y, of, counts = arrays.get("y"), arrays.get(groups or ""), arrays.get(weights or "")
+    if labels and form:
+        x, y, of, counts = form.flat(x, arrays["y"], of, counts)
+    if y is not None:
+        y = as_labels(y, len(x), spec, name=f"{path}: y", task=task)
+    together = None if of is None else as_groups(of, len(x), name=f"{path}: {groups or 'samples'}")
+    return Samples(x, y, shape, together, counts)
 
 
 def announced(path: str | PathLike[str]) -> tuple[int, int] | None:
