@@ -40,7 +40,8 @@ MOMENTUM = 0.8
 
 AVERAGED = 3.0
 """How much further than without momentum skip adapters may move in all, where gradients are bounded (the squared error
-has larger ones the further it is off), and of several taps (of embeddings alone it diverges)."""
+has larger ones the further it is off, and samples of large weight have), and of several taps (of embeddings alone it
+diverges)."""
 
 MOST = 1024
 """Samples that are looked at."""
@@ -137,6 +138,6 @@ def default_lr(
     B = max(1, min(batch_size, len(records)))
     M = (1 - 1 / B) * largest_eigenvalue(H) + float(np.einsum("ij,ij->i", H, H).max()) / B
     share = SHARE["linear" if method.adapters == "none" else "bilinear"]
-    bounded = goal is None or goal.task != "regression"
+    bounded = goal is None or (goal.task != "regression" and goal.weights is None)
     further = AVERAGED if method.adapters == "skip" and records.spec.L > 1 and bounded else 1.0
     return factor * (min(share * min(1.0, further * (1 - momentum)) / M, LARGEST) if M > 0 else LARGEST)
