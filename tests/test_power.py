@@ -78,9 +78,9 @@ def test_energy_of_power_is_its_integral(tmp_path: Path) -> None:
         used = power.meter(tmp_path)
         time.sleep(seconds)
         joules = used()
-        assert joules == pytest.approx(1.5 * (time.perf_counter() - began), rel=0.5, abs=0.01)
         assert joules is not None
-        assert joules >= 1.5 * seconds  # of the channel that shows most
+        # Of the channel that shows most, 1.5 W. The readings are of rounded numbers: 1e-9.
+        assert 1.5 * seconds * (1 - 1e-9) <= joules <= 1.5 * (time.perf_counter() - began) * (1 + 1e-9)
 
 
 def test_without_sensors_there_is_no_energy(tmp_path: Path) -> None:

@@ -322,14 +322,16 @@ class Loop:
             return
         x = np.stack([sample.x for sample in run])
         taps, c = self._taps(x)
-        p = softmax(lift.from_taps(self._base.spec, self._tensors, taps, c).astype(np.float64))
+        with np.errstate(over="ignore", invalid="ignore"):
+            p = softmax(lift.from_taps(self._base.spec, self._tensors, taps, c).astype(np.float64))
+            finite = np.isfinite(p).all(axis=1) & np.all([np.isfinite(tap.sum(axis=1)) for tap in (*taps, c)], axis=0)
+        if not finite.all():
+            good = np.flatnonzero(finite).tolist()
+            for _ in range(len(run) - len(good)):
+                self.skip("not finite", "what the network makes of a sample must be finite, but is NaN or Inf")
+            return self._take_samples([run[i] for i in good])
         rival = None if self._rival is None else lift.from_taps(self._base.spec, self._rival, taps, c).argmax(axis=1)
         predicted, confidence, version = p.argmax(axis=1), p.max(axis=1), self._journal.state.live
-        if not np.isfinite(p).all():
-            good = np.flatnonzero(np.isfinite(p).all(axis=1)).tolist()
-            for _ in range(len(run) - len(good)):
-                self.skip("not finite", "the network's output for a sample must be finite, but is NaN or Inf")
-            return self._take_samples([run[i] for i in good])
         for i, sample in enumerate(run):
             self._number += 1
             self.counts["samples"] += 1
@@ -503,7 +505,7 @@ class Loop:
             self._try(lambda: self._journal.note(state.since, False))  # more of the same would be no news
         try:
             found = job.result()
-        except (InstantFTError, MemoryError, ArithmeticError, ValueError) as e:
+        except Exception as e:  # whatever it is, predictions go on
             self.counts["errors"] += 1
             return self._tell("error", why=f"the adaptation failed, version {state.live} stays: {e}")
         d = found.decision
