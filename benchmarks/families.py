@@ -1,18 +1,20 @@
 """Architectures that are adapted with no code written for them.
 
-    python -m benchmarks.families [NAME …]
+    python -m benchmarks.families [NAME …] [--variants]
 
 Small networks of transformers' families, built from their configurations with random weights, are exported by
 torch.onnx (by the older exporter where the newer refuses) and adapted to 200 made-up samples: which taps `auto`
 finds, their bytes a sample, the time of `fit` with the opening of the session, how far the exported adapted model is
 from `decision_function`, and how far frozen logits are from PyTorch's, each relative to the largest logit. It says
-nothing of accuracy. Needs torch, transformers, onnxscript.
+nothing of accuracy. `--variants` does the same with each network quantised to int8 (QDQ, by onnxruntime's
+quantize_static), with images that have their channels last, and with external data. Needs torch, transformers,
+onnxscript; variants need onnx.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
-import sys
 import tempfile
 import time
 import warnings
@@ -27,6 +29,7 @@ from instantft import FineTuner, InstantFTError, from_onnx
 from instantft.export.onnx import export_onnx
 
 from .common import announce, table
+from .networks import export
 
 C, T = 10, 200
 SMALL = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
@@ -79,9 +82,8 @@ class Logits(torch.nn.Module):
         return self.model(pixel_values=x).logits
 
 
-def measure(name: str, folder: Path) -> tuple[object, ...]:
-    """A row of the table; in place of numbers, what the exporter or this package says against it."""
-    import onnxruntime
+def build(name: str, path: Path) -> Logits:
+    """The network of a family with random weights, written to `path`."""
     import transformers
 
     torch.manual_seed(0)
@@ -91,48 +93,106 @@ def measure(name: str, folder: Path) -> tuple[object, ...]:
     for p in model.parameters():
         if p.ndim > 1:  # with their own start, signals of some vanish on the way
             torch.nn.init.kaiming_normal_(p)
-    path, batch = folder / f"{name}.onnx", torch.export.Dim("batch", min=1, max=4096)
-    images = (torch.randn(2, 3, side, side),)
+    export(model, made_up_images(side, 2), path)
+    return model
+
+
+def made_up_images(side: int, n: int) -> NDArray[np.float32]:
+    """Made-up images (n, 3, side, side)."""
+    return np.random.default_rng(0).normal(size=(n, 3, side, side)).astype(np.float32)
+
+
+def adapt(path: Path, x: NDArray[np.float32], channels_last: bool = False) -> tuple[FineTuner, float, float]:
+    """The adapted network, seconds, and how far its export is from it, relative to the largest logit."""
+    import onnxruntime
+
+    y = np.random.default_rng(1).integers(0, C, len(x))
+    base = from_onnx(path)
+    began = time.perf_counter()
+    tuner = FineTuner(base, method="skip-ridge").fit(x, y)
+    seconds = time.perf_counter() - began
+    adapted = path.with_name("adapted.onnx")
+    export_onnx(base, tuner.adapter, adapted)
+    session = onnxruntime.InferenceSession(str(adapted), providers=["CPUExecutionProvider"])
+    some = x[:50].transpose(0, 2, 3, 1) if channels_last else x[:50]
+    found = session.run(None, {session.get_inputs()[0].name: some})[0]
+    wanted = tuner.decision_function(x[:50])
+    return tuner, seconds, float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+def measure(name: str, folder: Path) -> tuple[object, ...]:
+    """A row of the table; in place of numbers, what the exporter or this package says against it."""
+    path = folder / f"{name}.onnx"
+    model = build(name, path)
+    x = made_up_images(FAMILIES[name][0], T)
     try:
-        torch.onnx.export(model, images, str(path), dynamo=True, dynamic_shapes=[{0: batch}], external_data=False)
-    except Exception:  # the older exporter takes what the newer does not
-        axes = {"x": {0: "batch"}}
-        torch.onnx.export(model, images, str(path), dynamo=False, input_names=["x"], dynamic_axes=axes)
-    rng = np.random.default_rng(0)
-    x: NDArray[np.float32] = rng.normal(size=(T, 3, side, side)).astype(np.float32)
-    y = rng.integers(0, C, T)
-    try:
-        base = from_onnx(path)
-        began = time.perf_counter()
-        tuner = FineTuner(base, method="skip-ridge").fit(x, y)
-        seconds = time.perf_counter() - began
+        tuner, seconds, difference = adapt(path, x)
     except InstantFTError as e:
         return name, str(e), "", "", "", "", ""
-    export_onnx(base, tuner.adapter, folder / "adapted.onnx")
-    session = onnxruntime.InferenceSession(str(folder / "adapted.onnx"), providers=["CPUExecutionProvider"])
-    wanted = tuner.decision_function(x[:50])
-    found = session.run(None, {session.get_inputs()[0].name: x[:50]})[0]
+    base: Any = tuner.base
     with torch.no_grad():
         frozen = model(torch.from_numpy(x[:50])).numpy()
     c = base.spec.record.segments[-1]
     mine = base.records(x[:50].reshape(50, -1))[:, c.offset : c.offset + c.size]
     return (
-        name, len(base.candidates), " ".join(map(str, base.spec.tap_widths[1:])), 4 * base.spec.record.size,
-        f"{seconds:.2f}", f"{np.abs(found - wanted).max() / np.abs(wanted).max():.0e}",
-        f"{np.abs(mine - frozen).max() / np.abs(frozen).max():.0e}",
+        name, len(base.candidates), " ".join(map(str, base.spec.tap_widths)), 4 * base.spec.record.size,
+        f"{seconds:.2f}", f"{difference:.0e}", f"{np.abs(mine - frozen).max() / np.abs(frozen).max():.0e}",
     )  # fmt: skip
 
 
+def variants(name: str, folder: Path) -> tuple[object, ...]:
+    """How far the export of each variant is from `decision_function`."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+    path, x = folder / f"{name}.onnx", made_up_images(FAMILIES[name][0], 64)
+    build(name, path)
+    entry = onnx.load(str(path)).graph.input[0].name
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.rows = iter(x[:16])
+
+        def get_next(self) -> dict[str, Any] | None:
+            row = next(self.rows, None)
+            return None if row is None else {entry: row[None]}
+
+    quantised, last, outside = (folder / f"{kind}.onnx" for kind in ("int8", "last", "outside"))
+    quantize_static(str(path), str(quantised), Reader(), quant_format=QuantFormat.QDQ)
+    model = onnx.load(str(path))
+    image = model.graph.input[0]
+    sizes = image.type.tensor_type.shape.dim
+    sizes.append(sizes.pop(1))
+    turned = onnx.helper.make_node("Transpose", [f"{entry}_nhwc"], [entry], perm=[0, 3, 1, 2])
+    image.name = f"{entry}_nhwc"
+    model.graph.node.insert(0, turned)
+    onnx.save(model, str(last))
+    onnx.save(onnx.load(str(path)), str(outside), save_as_external_data=True, location="weights.bin", size_threshold=0)
+    row: list[object] = [name]
+    for kind in (quantised, last, outside):
+        try:
+            row.append(f"{adapt(kind, x, kind is last)[2]:.0e}")
+        except InstantFTError as e:
+            row.append(str(e))
+    return tuple(row)
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", default=[], metavar="NAME", help=f"of {', '.join(FAMILIES)}; none: all")
+    parser.add_argument("--variants", action="store_true", help="int8, channels last, and external data instead")
+    options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in sys.argv[1:] or FAMILIES:
-            announce(name)
-            rows.append(measure(name, Path(folder)))
-    head = ("family", "candidates", "widths of the taps", "B a sample, fp32", "fit, s", "export", "against PyTorch")
+    for name in options.names or FAMILIES:
+        announce(name)
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append((variants if options.variants else measure)(name, Path(folder)))
+    head: tuple[str, ...] = ("family", "int8, QDQ", "channels last", "external data")
+    if not options.variants:
+        head = ("family", "candidates", "widths of the taps", "B a sample, fp32", "fit, s", "export", "against PyTorch")
     print("\n" + table(head, rows))
 
 
