@@ -167,7 +167,7 @@ def variants(name: str, folder: Path) -> tuple[object, ...]:
     image.name = f"{entry}_nhwc"
     model.graph.node.insert(0, turned)
     onnx.save(model, str(last))
-    onnx.save(onnx.load(str(path)), str(outside), save_as_external_data=True, location="weights.bin", size_threshold=0)
+    onnx.save(onnx.load(str(path)), str(outside), save_as_external_data=True, location="weights.bin")
     row: list[object] = [name]
     for kind in (quantised, last, outside):
         try:
