@@ -57,9 +57,9 @@ $(VENV)/demo.stamp: $(SOURCES) | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/test.stamp: $(SOURCES) | $(VENV)/bin/python
-	$(PY) -m pip install --quiet --upgrade ".[test,torch]"
+	$(PY) -m pip install --quiet --upgrade ".[test]"
 	@touch $@
 
 $(VENV)/lint.stamp: $(SOURCES) | $(VENV)/bin/python
-	$(PY) -m pip install --quiet --upgrade ".[test,torch,lint]"
+	$(PY) -m pip install --quiet --upgrade ".[test,lint]"
 	@touch $@
