@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,6 +188,32 @@ def test_a_folder_and_csv(base_file: Path, tmp_path: Path) -> None:
     assert [e["event"] for e in found.events] == ["status"]
     assert found.events[0]["labels"] == 40
     assert found.events[0]["right"] > 35
+
+
+def test_the_page_of_a_watcher(base_file: Path, tmp_path: Path) -> None:
+    found = Watcher(base_file, tmp_path / "state", "--http", "0")
+    assert found.process.stderr is not None
+    url = found.process.stderr.readline().decode().split()[1].rstrip(",")
+    assert url.startswith("http://127.0.0.1:")
+    token = (tmp_path / "state" / "token").read_text().strip()
+
+    def ask(path: str, **more: Any) -> bytes:
+        with urllib.request.urlopen(urllib.request.Request(url + path, **more), timeout=30) as answer:
+            return bytes(answer.read())
+
+    found.send(lines(1, 100))
+    ask("adapt", method="POST", headers={"Authorization": f"Bearer {token}"})
+    while found.until("adapted")["version"] != 1:
+        pass
+    end = time.monotonic() + 30
+    while b"instantft_live_version 1\n" not in ask("metrics"):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        ask("rollback", method="POST", data=b"{}")
+    ask("rollback", method="POST", data=b'{"to": 0}', headers={"Authorization": f"Bearer {token}"})
+    assert found.until("rolled back")["version"] == 0
+    assert found.close() == 0
 
 
 @pytest.mark.parametrize("labels", [True, False])
