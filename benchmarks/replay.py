@@ -10,7 +10,7 @@
 
 Three ways: every label right after its prediction; one label in five, and 200 samples late; the frozen network. Nothing
 is tuned on these streams: the loop has its defaults. Adaptations are run where they are asked for, so that the result
-does not depend on the machine. Milliseconds of an adaptation are wall time; microseconds a sample are the process's own.
+does not depend on the machine. Milliseconds of an adaptation are wall time, microseconds a sample the process's own.
 """
 
 from __future__ import annotations
@@ -210,9 +210,7 @@ def main() -> None:
     head = ["stream", "way", "accuracy by part, %", "all, %", "drifts", "went live", "back", "ms each", "µs a sample"]
     print(table(head, rows))
     print("\nParts: " + "; ".join(f"{title}: {' / '.join(parts)}" for title, parts in ends.items()))
-    print(
-        "Microseconds a sample are the process's own time for everything, adaptations included; milliseconds are wall time."
-    )
+    print("Microseconds a sample are the process's own time for everything, milliseconds of an adaptation wall time.")
     save_json(args.json, {"machine": machine(), "rows": kept})
     if args.picture:
         picture(args.picture, curves, switches, ends)
