@@ -332,8 +332,21 @@ def test_a_file_made_for_something_else(tmp_path: Path, change: dict, words: str
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("keep", [0, 5, 19, 30, 400, -1])
-def test_a_truncated_file(tmp_path: Path, keep: int) -> None:
+def test_a_file_that_a_power_cut_shortened_keeps_its_other_records(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    store = filled(path)
+    size, held = path.stat().st_size, np.flatnonzero(store.owner >= 0)
+    assert len(held) > 2
+    last, stride = held[-1], store.codec.stride(store.record)
+    path.write_bytes(path.read_bytes()[: size - 64 - (store.capacity - last) * stride + 1])
+    again = opened(path)
+    assert path.stat().st_size == size
+    assert again.damaged == 1
+    assert np.flatnonzero(again.owner >= 0).tolist() == held[:-1].tolist()
+
+
+@pytest.mark.parametrize("keep", [0, 5, 19, 30])
+def test_a_truncated_header(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "cache"
     filled(path)
     path.write_bytes(path.read_bytes()[:keep])

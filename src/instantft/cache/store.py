@@ -337,8 +337,10 @@ def _check_header(path: Path, file: BinaryIO, wanted: dict[str, Any], layout: _L
                 "use another file"
             )
     size = os.fstat(file.fileno()).st_size
-    if size != layout.end:
+    if size > layout.end:
         raise FileError(f"the cache file {path} must have {layout.end} bytes, but it has {size}: delete it")
+    if size < layout.end:  # a power cut: the checksums tell which records are still there
+        _allocate(file, layout.end)
 
 
 def _create(path: Path, header: bytes, layout: _Layout) -> None:
@@ -349,11 +351,7 @@ def _create(path: Path, header: bytes, layout: _Layout) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, layout.end)
-            else:
-                _write_repeated(file, b"\0", layout.end)
-                file.seek(0)
+            _allocate(file, layout.end)
             file.write(MAGIC + struct.pack("<III", VERSION, len(header), zlib.crc32(header)) + header)
             file.seek(layout.owner)
             _write_repeated(file, b"\xff", layout.crc - layout.owner)
@@ -364,6 +362,17 @@ def _create(path: Path, header: bytes, layout: _Layout) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _allocate(file: BinaryIO, size: int) -> None:
+    """Take the room on the disk, so that writing to the mapped file later cannot fail; what is new is zeros."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    file.seek(0, os.SEEK_END)
+    _write_repeated(file, b"\0", size - file.tell())
+    file.flush()
+    file.seek(0)
 
 
 def _write_repeated(file: BinaryIO, byte: bytes, n: int) -> None:
