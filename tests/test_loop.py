@@ -192,6 +192,33 @@ def test_trusted_samples_stop_a_consistent_lie(tmp_path: Path) -> None:
     journal.close()
 
 
+def test_a_few_trusted_samples_are_enough(tmp_path: Path) -> None:
+    """Three that the old adapter gets right and the new one wrong object, though that may be chance."""
+    journal = journal_in(tmp_path)
+    loop = loop_on(journal)
+    run(loop, samples(0, 300))
+    lies = [Sample(s.x, None, (s.label + 1) % 3) for s in samples(0, 120, seed=1) if s.label is not None]
+    events = run(loop, [*lies[:40], *samples(0, 3, seed=2, trusted=True), *lies[40:]])
+    assert "it gets 3 of 3 right, the new one 0" in named(events, "kept")[0]["why"]
+    assert accuracy(journal, 0) > 0.95
+    journal.close()
+
+
+def test_trusted_samples_that_come_later_bring_the_old_adapter_back(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    loop = loop_on(journal)
+    run(loop, samples(0, 300))
+    lies = [Sample(s.x, None, (s.label + 1) % 3) for s in samples(0, 500, seed=1) if s.label is not None]
+    events = run(loop, lies[:100])
+    assert named(events, "adapted")
+    honest = samples(0, 40, seed=2, trusted=True)
+    events = run(
+        loop, [m for i, lie in enumerate(lies[100:]) for m in ([lie, honest[i // 10]] if i % 10 == 0 else [lie])]
+    )
+    assert "trusted samples since" in named(events, "rolled back")[0]["why"]
+    journal.close()
+
+
 def test_no_class_is_forgotten(tmp_path: Path) -> None:
     """Only two classes show up in the new world: the third one's samples come from the old one."""
     journal = journal_in(tmp_path)

@@ -122,11 +122,19 @@ class _Pending:
 
 @dataclass(frozen=True, eq=False)
 class _Outcome:
-    """What an adaptation found; trusted: how many trusted samples, and the decision by them for the old adapter."""
+    """What an adaptation found; trusted: how many of the trusted samples old and new get right, and how many there are."""
 
     adapter: Adapter
     decision: Decision
-    trusted: Decision | None
+    trusted: tuple[int, int, int]
+
+    @property
+    def refuted(self) -> bool:
+        """Whether the old adapter gets more of the trusted samples right. Their labels are beyond doubt, so that no
+        margin is needed; with one, a few could never object."""
+        old, new, _ = self.trusted
+        return old > new
+
     seconds: dict[str, float]
     joules: float | None
     samples: int
@@ -378,7 +386,8 @@ class Loop:
         self.drift.add(self._score())
         if self._rival is not None:
             fresh = rival is None or seen.version != live
-            self._compare(guess == label, (self._predict(self._rival, sample.x) if fresh else rival) == label)
+            before = self._predict(self._rival, sample.x) if fresh else rival
+            self._compare(guess == label, before == label, trusted)
         self._consider()
 
     def _predict(self, tensors: Mapping[str, Floats], x: Floats) -> int:
@@ -482,13 +491,12 @@ class Loop:
         fitted = time.perf_counter()
         decision = decide(tuner, x, old)
         adapter = tuner.adapter
-        trusted = None
+        right = [0, 0]
         if len(x_trusted):
             taps, c = self._taps(x_trusted)
-            right = []
-            for tensors in ({} if old is None else old.tensors, adapter.tensors):
-                right.append(lift.from_taps(self._base.spec, tensors, taps, c).argmax(axis=1) == y_trusted)
-            trusted = gate(right[1], right[0])  # is the old one surely better?
+            for k, tensors in enumerate(({} if old is None else old.tensors, adapter.tensors)):
+                said = lift.from_taps(self._base.spec, tensors, taps, c).argmax(axis=1)
+                right[k] = int(np.count_nonzero(said == y_trusted))
         ended = time.perf_counter()
         seconds = {
             "fill": tuner.result_.seconds.fill,
@@ -496,7 +504,7 @@ class Loop:
             "gate": ended - fitted,
             "total": ended - began,
         }
-        return _Outcome(adapter, decision, trusted, seconds, stop(), len(y))
+        return _Outcome(adapter, decision, (right[0], right[1], len(x_trusted)), seconds, stop(), len(y))
 
     def _finish(self, job: Future[_Outcome]) -> None:
         """An adaptation has ended."""
@@ -516,7 +524,7 @@ class Loop:
             "joules": found.joules,
         }
         why = self._verdict(found)
-        accepted = d.accepted and not self._stale and not (found.trusted is not None and found.trusted.accepted)
+        accepted = d.accepted and not self._stale and not found.refuted
         if accepted:
             made = Version(
                 0, 0, self._clock(), found.samples, d.before, d.after, *d.interval, d.n,
@@ -536,15 +544,15 @@ class Loop:
         return self._tell("adapted", **entry)
 
     def _verdict(self, found: _Outcome) -> str:
-        d, t = found.decision, found.trusted
+        d, (old, new, n) = found.decision, found.trusted
         low, high = (f"{100 * end:+.1f}" for end in d.interval)
         by = f"{d.before:.1%} → {d.after:.1%} on {d.n} samples left out, the difference {low} to {high} points (95 %)"
         if self._stale:
             return "the samples or the live version changed while it was fitted"
         if not d.accepted:
             return f"the new adapter is not better by {SURE} standard errors: {by}"
-        if t is not None and t.accepted:
-            return f"trusted samples say that the old one is better: {t.after:.1%} against {t.before:.1%} of {t.n}"
+        if found.refuted:
+            return f"trusted samples say that the old one is better: it gets {old} of {n} right, the new one {new}"
         return f"the new adapter is better by {SURE} standard errors: {by}"
 
     def _preprocessing(self) -> dict[str, Any]:
@@ -575,7 +583,7 @@ class Loop:
         if known is not None and known.accuracy is not None:
             self._errors.expect(1 - known.accuracy, min(known.samples, PROMISE))
         self._rival: Mapping[str, Floats] | None = None
-        self._versus: list[tuple[bool, bool]] = []
+        self._versus: list[tuple[bool, bool, bool]] = []
         version = state.versions.get(state.live)
         if version is None:
             return
@@ -587,15 +595,18 @@ class Loop:
         except FileError:
             pass  # it is not kept any more: nothing to go back to
 
-    def _compare(self, new_right: bool, old_right: bool) -> None:
-        """The live version against the one before."""
-        self._versus.append((new_right, old_right))
+    def _compare(self, new_right: bool, old_right: bool, trusted: bool) -> None:
+        """The live version against the one before: on all labelled samples, and on the trusted ones by themselves."""
+        self._versus.append((new_right, old_right, trusted))
         if len(self._versus) not in LOOKS:
             return
-        new, old = np.array(self._versus).T
-        found = gate(new, old)
+        new, old, sure = np.array(self._versus).T
+        found, kind = gate(new, old), "labelled"
+        if not found.accepted and sure.any():
+            asked = gate(new[sure], old[sure])
+            found, kind = (asked, "trusted") if asked.accepted else (found, kind)
         if found.accepted:
-            by = f"{found.before:.1%} against {found.after:.1%} on the {found.n} labelled samples since"
+            by = f"{found.before:.1%} against {found.after:.1%} on the {found.n} {kind} samples since"
             self._roll_back(f"the version before is better by {SURE} standard errors: {by}")
         elif len(self._versus) == LOOKS[-1]:
             self._rival, self._versus = None, []
