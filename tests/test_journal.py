@@ -109,6 +109,18 @@ def test_the_list_of_switches_is_bounded(tmp_path: Path) -> None:
     journal.close()
 
 
+def test_the_longest_journal_can_still_be_read(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    commit(journal)
+    journal.state = replace(journal.state, switches=(replace(journal.state.switches[0], why="😀" * 300),) * SWITCHES)
+    journal.roll_back(1.0, "😀" * 299 + "\udc80")
+    journal.close()
+    again = journal_in(tmp_path)
+    assert again.notes == []
+    assert again.state == journal.state
+    again.close()
+
+
 def test_one_at_a_time(tmp_path: Path) -> None:
     journal = journal_in(tmp_path)
     with pytest.raises(FileError, match="somebody else works in"):

@@ -298,7 +298,8 @@ class Journal:
         return found
 
     def _switched(self, new: State, at: float, why: str) -> None:
-        switch = Switch(at, self.state.live, new.live, why[:LONGEST])
+        why = why[:LONGEST].encode("utf-8", "replace").decode()  # names of files need not be text
+        switch = Switch(at, self.state.live, new.live, why)
         switches = (*new.switches, switch)[-SWITCHES:]
         self._write(replace(new, sequence=self.state.sequence + 1, switches=switches))
 
@@ -460,7 +461,8 @@ def _encoded(state: State) -> bytes:
         "format_version": VERSION,
         "versions": [asdict(v) for v in state.versions.values()],
     }
-    return json.dumps({"crc32": zlib.crc32(_canonical(body)), "state": body}, indent=1, allow_nan=False).encode()
+    held = {"crc32": zlib.crc32(_canonical(body)), "state": body}
+    return json.dumps(held, indent=1, allow_nan=False, ensure_ascii=False).encode("utf-8")  # within files.MAX_SMALL
 
 
 def _read(path: Path) -> State | None:

@@ -122,7 +122,7 @@ class _Pending:
 
 @dataclass(frozen=True, eq=False)
 class _Outcome:
-    """What an adaptation found; trusted: how many of the trusted samples old and new get right, and how many there are."""
+    """What an adaptation found; trusted: how many of the trusted samples old and new get right, of how many."""
 
     adapter: Adapter
     decision: Decision
