@@ -60,7 +60,8 @@ static int64_t runs_of(const ift_plan *p, int32_t id) {
 }
 
 int64_t ift_codec_memory(const ift_plan *p, int32_t id) {
-    return runs_of(p, id) * (int64_t)sizeof(ift_run) + (p->row_width / 16 + p->L) * (int64_t)sizeof(ift_block) + 8;
+    int64_t blocks = IFT_BLOCKS ? p->row_width / 16 + p->L : 0;
+    return runs_of(p, id) * (int64_t)sizeof(ift_run) + blocks * (int64_t)sizeof(ift_block) + 8;
 }
 
 /* Cut the runs of 4-bit and 2-bit codes into blocks. Runs that follow each other in the row and in the codes, on the same
@@ -147,7 +148,7 @@ int ift_codec_init(ift_codec *c, const ift_plan *p, int32_t id, void *memory) {
     c->bytes = end;
     ift_block *blocks = (ift_block *)(void *)(runs + runs_of(p, id));
     c->blocks = blocks;
-    if (id != IFT_INT8) c->blocks_n = make_blocks(c, blocks);
+    if (IFT_BLOCKS && id != IFT_INT8) c->blocks_n = make_blocks(c, blocks);
     c->stride = (end + 7) / 8 * 8;
     return IFT_OK;
 }

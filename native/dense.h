@@ -24,7 +24,7 @@ enum dense_cut {
     K_TO_I = 8,   /* the left side is zero for k > i */
 };
 
-enum { DENSE_V = 3, DENSE_LEAF = 32 }; /* vectors in a panel's row; systems that are not cut further */
+enum { DENSE_V = 3, DENSE_LEAF = IFT_DENSE_LEAF }; /* vectors in a panel's row */
 #endif
 
 /* The tile's sums, one panel row and one value of the left side fill the registers. */
@@ -38,12 +38,17 @@ enum { DENSE_V = 3, DENSE_LEAF = 32 }; /* vectors in a panel's row; systems that
 #define PANEL_N (DENSE_V * DL)
 #define PANEL_K ((ptrdiff_t)(IFT_DENSE_BYTES / (sizeof(D) * PANEL_N)))
 
+#if IFT_VL == 1
+INLINE DV DN(load)(const D *p) { return *p; }
+INLINE void DN(store)(D *p, DV v) { *p = v; }
+#else
 INLINE DV DN(load)(const D *p) {
     DV v;
     memcpy(&v, p, sizeof v);
     return v;
 }
 INLINE void DN(store)(D *p, DV v) { memcpy(p, &v, sizeof v); }
+#endif
 
 /* C (m, n) = A (m, K) · B (K, n), as `how` and `cut` have it. */
 typedef struct DN(product) {

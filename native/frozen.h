@@ -37,15 +37,23 @@ static void pack_frozen(const ift_plan *p, const float *frozen, float *ws) {
     }
 }
 
-/* Records of one panel: n <= lanes samples at x[0…n). Convolutions on lanes, then fc layers on the rows themselves. */
-static void frozen_panel(const ift_plan *p, const float *frozen, const float *const *x, int n, int lw, float *rows,
-                         float *ws) {
+/* rows (n, Mp) = x (n, N)·W + b of fc layer y, rectified where asked for; rows of x are ldx apart, of y `width`. */
+#ifndef FROZEN_FC /* an embedded build may keep its weights in another form */
+#define FROZEN_FC(p, y, frozen, n, x, ldx, rows, width, ws)                                                              \
+    gemm(n, (y)->Mp, (y)->N, x, ldx, 1, (frozen) + (y)->t[IFT_ROLE_W].offset, (y)->Mp, rows, width, FROM_BIAS,            \
+         (frozen) + (y)->t[IFT_ROLE_BIAS].offset, (y)->d.relu)
+#define FROZEN_CONV(p, y, packed, at, ws) ((packed) + (at)) /* regrouped weights of conv layer y */
+#endif
+
+/* Records of one panel: n <= lanes samples at x[0…n). Convolutions on lanes, with their packed weights one layer after
+ * the other; then fc layers on the rows themselves. */
+static void frozen_panel(const ift_plan *p, const float *frozen, const float *packed, const float *const *x, int n, int lw,
+                         float *rows, float *ws) {
     (void)lw;
     float *a = ws + p->ws_lanes_a, *b = ws + p->ws_lanes_b;
-    const float *packed = ws + p->ws_pack;
-    int64_t width = p->row_width;
+    int64_t width = p->row_width, packed_at = 0;
     int k = 0;
-    if (p->layer[0].d.kind == IFT_CONV) {
+    if (IFT_CONVS && p->layer[0].d.kind == IFT_CONV) {
         LANES(lw, from_rows, x, 0, n, p->layer[0].N, a);
         for (; k < p->L && p->layer[k].d.kind == IFT_CONV; k++) {
             const ift_layer *y = &p->layer[k];
@@ -56,16 +64,17 @@ static void frozen_panel(const ift_plan *p, const float *frozen, const float *co
                 a = b, b = t;
             }
             conv_args g = conv_shape(y);
+            const float *w = FROZEN_CONV(p, y, packed, packed_at, ws);
             if (y->d.pool == 2) {
                 g.pool2 = 1, g.relu = y->d.relu, g.oh = y->qh, g.ow = y->qw, g.y_plane = (ptrdiff_t)y->qh * y->qw;
-                LANES(lw, conv, &g, a, packed, bias, b);
+                LANES(lw, conv, &g, a, w, bias, b);
                 float *t = a;
                 a = b, b = t;
             } else {
-                LANES(lw, conv, &g, a, packed, bias, b);
+                LANES(lw, conv, &g, a, w, bias, b);
                 LANES(lw, pool, b, y->d.out, y->oh, y->ow, y->d.pool, y->d.relu, a);
             }
-            packed += ift_pad((int64_t)y->d.out * y->ic * y->d.kh * y->d.kw);
+            packed_at += ift_pad((int64_t)y->d.out * y->ic * y->d.kh * y->d.kw);
             int64_t at = k + 1 < p->L ? p->layer[k + 1].tap : p->output_at;
             LANES(lw, to_rows, a, n, y->n_out, rows + at, width);
         }
@@ -73,14 +82,13 @@ static void frozen_panel(const ift_plan *p, const float *frozen, const float *co
     for (; k < p->L; k++) {
         const ift_layer *y = &p->layer[k];
         int64_t at = k + 1 < p->L ? p->layer[k + 1].tap : p->output_at;
-        const float *w = frozen + y->t[IFT_ROLE_W].offset, *bias = frozen + y->t[IFT_ROLE_BIAS].offset;
-        if (k > 0) gemm(n, y->Mp, y->N, rows + y->tap, width, 1, w, y->Mp, rows + at, width, FROM_BIAS, bias, y->d.relu);
+        if (k > 0) FROZEN_FC(p, y, frozen, n, rows + y->tap, width, rows + at, width, ws);
         else
             for (int s = 0; s < n;) { /* samples that lie evenly apart go through together */
                 ptrdiff_t step = n - s > 1 ? x[s + 1] - x[s] : 0;
                 int run = 1;
                 while (s + run < n && x[s + run] - x[s + run - 1] == step) run++;
-                gemm(run, y->Mp, y->N, x[s], step, 1, w, y->Mp, rows + s * width + at, width, FROM_BIAS, bias, y->d.relu);
+                FROZEN_FC(p, y, frozen, run, x[s], step, rows + s * width + at, width, ws);
                 s += run;
             }
     }
@@ -104,7 +112,7 @@ static void frozen_rows(const ift_plan *p, const float *frozen, const float *con
         int lw = panel_lanes(n - s);
         if (p->layer[0].d.kind == IFT_FC) lw = IFT_CHUNK; /* rows only: no lanes to fill */
         int m = n - s < lw ? n - s : lw;
-        frozen_panel(p, frozen, x + s, m, lw, rows + s * p->row_width, ws);
+        frozen_panel(p, frozen, ws + p->ws_pack, x + s, m, lw, rows + s * p->row_width, ws);
         s += m;
     }
 }

@@ -11,6 +11,8 @@
 #ifndef INSTANTFT_H
 #define INSTANTFT_H
 
+#include "instantft_config.h"
+
 #include <stddef.h>
 #include <stdint.h>
 
@@ -18,7 +20,7 @@
 extern "C" {
 #endif
 
-enum { IFT_PAD = 16, IFT_MAX_LAYERS = 32, IFT_CHUNK = 64 };
+enum { IFT_PAD = 16, IFT_CHUNK = 64 };
 
 enum ift_status {
     IFT_OK = 0,
@@ -167,9 +169,6 @@ typedef struct ift_job {
     const float *weights; /* a row of x each; with targets only */
     int32_t loss;         /* an ift_loss; with targets only */
 } ift_job;
-
-/* Bytes of workspace (64-byte aligned) that the dense algebra of the closed form needs, however large its matrices. */
-enum { IFT_DENSE_BYTES = 26624 };
 
 /* One instruction set's functions. */
 typedef struct ift_core {

@@ -6,16 +6,18 @@
 
 #define LANE_OUT 6 /* output channels in a tile, at most */
 
+#if LW == 1
+INLINE LV LN(load)(const float *p) { return *p; }
+INLINE void LN(store)(float *p, LV v) { *p = v; }
+INLINE LV LN(set)(float x) { return x; }
+INLINE LV LN(max)(LV a, LV b) { return a > b ? a : b; }
+#else
 INLINE LV LN(load)(const float *p) {
     LV v;
     memcpy(&v, p, sizeof v);
     return v;
 }
 INLINE void LN(store)(float *p, LV v) { memcpy(p, &v, sizeof v); }
-#if LW == 1
-INLINE LV LN(set)(float x) { return x; }
-INLINE LV LN(max)(LV a, LV b) { return a > b ? a : b; }
-#else
 INLINE LV LN(set)(float x) { return x - (LV){0}; }
 #if LW == IFT_VL
 INLINE LV LN(max)(LV a, LV b) { return vmax(a, b); }

@@ -10,11 +10,12 @@
 #define GLUE(a, b) GLUE2(a, b)
 
 #if IFT_MANY_REGISTERS
-#define LANE_TILE 6
 #define LANE_GW 4
 #else
-#define LANE_TILE 3
 #define LANE_GW 2
+#endif
+#ifndef LANE_TILE /* weights that were packed beforehand bring theirs */
+#define LANE_TILE (IFT_MANY_REGISTERS ? 6 : 3)
 #endif
 #define LANE_COLUMNS 4
 

@@ -5,42 +5,65 @@
 #include "linalg.h"
 #include "loss.h"
 
-/* h (J, ld) = A_k·x^k for every adapter; z (C, ld) = logits. x, rec: the batch's inputs and record rows. */
-static void skip_logits(const ift_plan *p, const float *params, int S, int ld, const float *const *x,
+/* The parts of a step. Whoever has room for few decoded rows at a time runs skip_hidden and skip_outer on a few samples
+ * after the other: sums run in the order of the samples either way, so that the result is the same to the bit. */
+
+/* z (C, ld) = gain·c + bias and h (J, ld) = A_k·x^k of every adapter, in columns s0 … s0+S. x, rec: inputs and record
+ * rows of these samples. */
+static void skip_hidden(const ift_plan *p, const float *params, int s0, int S, int ld, const float *const *x,
                         const float *const *rec, float *h, float *z) {
     float gain = params[p->gain];
     const float *bias = params + p->bias;
+    h += s0, z += s0;
     for (int s = 0; s < S; s++)
         for (int c = 0; c < p->C; c++) z[(ptrdiff_t)c * ld + s] = gain * rec[s][p->output_at + c] + bias[c];
-    for (int c = 0; c < p->C; c++)
-        for (int s = S; s < ld; s++) z[(ptrdiff_t)c * ld + s] = 0;
-    if (p->skip_first == p->L) return;
-    int J = 0;
-    for (int k = p->skip_first; k < p->L; k++, J += p->Rp) {
+    for (int k = p->skip_first; k < p->L; k++, h += (ptrdiff_t)p->Rp * ld) {
         const ift_layer *y = &p->layer[k];
         const float *a = params + y->t[IFT_ROLE_SKIP_A].offset;
         if (k == 0) dot(S, x, 0, p->Rp, a, y->Np, y->Np, h, ld);
-        else dot(S, rec, y->tap, p->Rp, a, y->Np, y->Np, h + (ptrdiff_t)J * ld, ld);
+        else dot(S, rec, y->tap, p->Rp, a, y->Np, y->Np, h, ld);
     }
+}
+
+/* z += B·h, the logits of S samples; columns past S become zero. */
+static void skip_output(const ift_plan *p, const float *params, int S, int ld, float *h, float *z) {
+    int J = (p->L - p->skip_first) * p->Rp;
+    for (int c = 0; c < p->C; c++)
+        for (int s = S; s < ld; s++) z[(ptrdiff_t)c * ld + s] = 0;
+    if (!J) return;
     for (int j = 0; j < J; j++)
         for (int s = S; s < ld; s++) h[(ptrdiff_t)j * ld + s] = 0;
     const float *b = params + p->layer[p->skip_first].t[IFT_ROLE_SKIP_B].offset;
     gemm(p->C, ld, J, b, 1, p->Cp, h, ld, z, ld, FROM_C, NULL, 0);
 }
 
+/* Logits of a whole batch. */
+static void skip_logits(const ift_plan *p, const float *params, int S, int ld, const float *const *x,
+                        const float *const *rec, float *h, float *z) {
+    skip_hidden(p, params, 0, S, ld, x, rec, h, z);
+    skip_output(p, params, S, ld, h, z);
+}
+
+/* Lanes of a step of S samples: whole vectors, and at least fours. */
+INLINE int skip_lanes(int S) {
+    int lanes = IFT_VL < 4 ? 4 : IFT_VL;
+    return (S + lanes - 1) / lanes * lanes;
+}
+
 /* Velocity holds u = −lr·v. Before a step u *= momentum; after it, with the gradients added, the parameters move by u. */
-static void skip_velocity(const ift_plan *p, const ift_job *job, int move) {
+static void skip_velocity(const ift_plan *p, float *params, float *velocity, float momentum, int move) {
     for (int k = p->skip_first; k < p->L; k++)
         for (int r = IFT_ROLE_SKIP_A; r <= IFT_ROLE_SKIP_B; r++) {
             const ift_tensor *t = &p->layer[k].t[r];
-            float *u = job->velocity + t->offset, *w = job->params + t->offset;
+            float *u = velocity + t->offset, *w = params + t->offset;
             for (int64_t i = 0; i < (int64_t)t->rows * t->pitch; i++) {
                 if (move) w[i] += u[i];
-                else u[i] *= job->momentum;
+                else u[i] *= momentum;
             }
         }
 }
 
+<<<<<<< HEAD
 /* One batch: forward, loss, backward, update. Returns the loss sum; *finite 0 and nothing updated if it is not. */
 static double skip_step(const ift_plan *p, ift_job *job, int S, const float *const *x, const float *const *rec,
                         const float *const *next_x, const float *const *next_rec, const int32_t *rows,
@@ -51,26 +74,53 @@ static double skip_step(const ift_plan *p, ift_job *job, int S, const float *con
     ld = (S + 3) / 4 * 4;
 #endif
     float *h = ws + p->ws_h, *dh = ws + p->ws_dh, *z = ws + p->ws_z, *g = ws + p->ws_g;
+=======
+/* From the logits z of S samples: the loss, whose sum is returned, and if it is finite dh (J, ld) and B's part of the
+ * update, added to target. z becomes −lr/S · dL/dy, so that updates are additions. g: (S, Cp). */
+static double skip_gradient(const ift_plan *p, const float *params, float *target, float lr, int S, int ld,
+                            const int32_t *labels, const float *h, float *dh, float *z, float *g, int64_t *correct) {
+>>>>>>> 29844f2 (Export: a folder of C11 that adapts itself on a microcontroller)
     int J = (p->L - p->skip_first) * p->Rp;
-    skip_logits(p, params, S, ld, x, rec, h, z);
     int64_t hits = 0;
+<<<<<<< HEAD
     double loss = batch_loss(job, p->C, S, ld, rows, labels, -job->lr / (float)S, z, z + (ptrdiff_t)p->C * ld, &hits);
+=======
+    double loss = softmax_loss(p->C, S, ld, labels, -lr / (float)S, z, z + (ptrdiff_t)p->C * ld, &hits);
+>>>>>>> 29844f2 (Export: a folder of C11 that adapts itself on a microcontroller)
     if (!isfinite(loss)) return loss;
     *correct += hits;
-    /* z now holds −lr/B · dL/dy, so every update below is an addition, to the parameters or to their velocity */
-    float *target = job->velocity ? job->velocity : params;
     int64_t b = p->layer[p->skip_first].t[IFT_ROLE_SKIP_B].offset;
     gemm(J, ld, p->C, params + b, p->Cp, 1, z, ld, dh, ld, FROM_ZERO, NULL, 0);
     to_class_rows(p->C, p->Cp, S, ld, z, g);
-    if (job->velocity) skip_velocity(p, job, 0);
     gemm(J, p->Cp, S, h, ld, 1, g, p->Cp, target + b, p->Cp, FROM_C, NULL, 0);
-    J = 0;
-    for (int k = p->skip_first; k < p->L; k++, J += p->Rp) {
+    return loss;
+}
+
+/* A's part of the update by the samples of columns s0 … s0+S, added to target. */
+static void skip_outer(const ift_plan *p, float *target, int s0, int S, int ld, const float *const *x,
+                       const float *const *rec, const float *const *next_x, const float *const *next_rec,
+                       const float *dh) {
+    dh += s0;
+    for (int k = p->skip_first; k < p->L; k++, dh += (ptrdiff_t)p->Rp * ld) {
         const ift_layer *y = &p->layer[k];
         float *a = target + y->t[IFT_ROLE_SKIP_A].offset;
-        outer(S, k ? rec : x, k ? next_rec : next_x, k ? y->tap : 0, p->Rp, dh + (ptrdiff_t)J * ld, ld, a, y->Np, y->Np);
+        outer(S, k ? rec : x, k ? next_rec : next_x, k ? y->tap : 0, p->Rp, dh, ld, a, y->Np, y->Np);
     }
-    if (job->velocity) skip_velocity(p, job, 1);
+}
+
+/* One batch: forward, loss, backward, update. Returns the loss sum; nothing is updated if it is not finite. */
+static double skip_step(const ift_plan *p, ift_job *job, int S, const float *const *x, const float *const *rec,
+                        const float *const *next_x, const float *const *next_rec, const int32_t *labels,
+                        int64_t *correct) {
+    float *ws = job->workspace, *params = job->params, *target = job->velocity ? job->velocity : params;
+    float *h = ws + p->ws_h, *dh = ws + p->ws_dh, *z = ws + p->ws_z;
+    int ld = skip_lanes(S);
+    skip_logits(p, params, S, ld, x, rec, h, z);
+    if (job->velocity) skip_velocity(p, params, job->velocity, job->momentum, 0);
+    double loss = skip_gradient(p, params, target, job->lr, S, ld, labels, h, dh, z, ws + p->ws_g, correct);
+    if (!isfinite(loss)) return loss;
+    skip_outer(p, target, 0, S, ld, x, rec, next_x, next_rec, dh);
+    if (job->velocity) skip_velocity(p, params, job->velocity, job->momentum, 1);
     return loss;
 }
 

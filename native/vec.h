@@ -37,8 +37,8 @@ typedef float v4 __attribute__((vector_size(16)));
 typedef int32_t i4 __attribute__((vector_size(16)));
 #endif
 
-/* Registers decide how large a tile may be. */
-#if IFT_VL == 16 || defined(__aarch64__)
+/* Registers decide how large a tile may be: 32 of them, or half as many. */
+#if IFT_VL == 16 || defined(__aarch64__) || defined(__ARM_ARCH_7EM__) || defined(__riscv_flen)
 #define IFT_MANY_REGISTERS 1
 #else
 #define IFT_MANY_REGISTERS 0
@@ -50,14 +50,9 @@ typedef int32_t i4 __attribute__((vector_size(16)));
 #define SHUFFLE(mask, a, b, ...) __builtin_shuffle(a, b, (mask){__VA_ARGS__})
 #endif
 
-INLINE vf vload(const float *p) {
-    vf v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-INLINE void vstore(float *p, vf v) { memcpy(p, &v, sizeof v); }
-
 #if IFT_VL == 1
+INLINE vf vload(const float *p) { return *p; } /* a memcpy would go byte by byte where alignment is strict */
+INLINE void vstore(float *p, vf v) { *p = v; }
 INLINE vf vset(float x) { return x; }
 INLINE vf vmax(vf a, vf b) { return a > b ? a : b; } /* b where either is NaN */
 INLINE float vsum(vf v) { return v; }
@@ -66,6 +61,12 @@ INLINE vi vmask(vi comparison) { return -(comparison != 0); }
 INLINE vf vselect(vi mask, vf yes, vf no) { return mask ? yes : no; }
 INLINE int vcount(vi mask) { return mask != 0; }
 #else
+INLINE vf vload(const float *p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+INLINE void vstore(float *p, vf v) { memcpy(p, &v, sizeof v); }
 INLINE vi vmask(vi comparison) { return comparison; } /* vectors compare to 0 and -1 already */
 INLINE vf vselect(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 INLINE int vcount(vi mask) {

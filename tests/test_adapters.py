@@ -169,7 +169,7 @@ def test_a_failed_write_keeps_the_old_adapter(saved: Path, monkeypatch: pytest.M
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(adapters, "_exchange", full) if failing == "rename" else monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(files, "_exchange", full) if failing == "rename" else monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(FileError, match="No space left"):
         samples.adapter(BASE, "ft-last").save(saved)
     assert Adapter.load(saved, BASE).method == "skip2-lora"

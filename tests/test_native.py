@@ -15,7 +15,7 @@ import pytest
 from instantft.cache.codecs import CODECS
 from instantft.cache.store import Store, memory_store
 from instantft.engine import get_engine
-from instantft.engine.native import _CODEC_IDS, NativeEngine, _Buffers, fma_peak, isas
+from instantft.engine.native import CODEC_IDS, NativeEngine, _Buffers, fma_peak, isas
 from instantft.errors import UsageError
 from instantft.methods import METHODS
 from instantft.spec import LayerSpec, NetSpec, lenet5
@@ -40,7 +40,7 @@ def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_every_codec_is_known() -> None:
-    assert set(_CODEC_IDS) == set(CODECS)
+    assert set(CODEC_IDS) == set(CODECS)
 
 
 @pytest.mark.parametrize("name", CODECS)

@@ -6,14 +6,10 @@ place of the network's own. An adapter never changes; going back to the old one 
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import hashlib
 import json
 import math
 import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -178,7 +174,7 @@ class Adapter:
             text = json.dumps(config, indent=2, allow_nan=False).encode() + b"\n"
         except (TypeError, ValueError) as e:
             raise UsageError(f"an adapter's config must be plain finite JSON values: {e}") from None
-        _replace_directory(target, {TENSOR_FILE: data, CONFIG_FILE: text})
+        files.replace_directory(target, {TENSOR_FILE: data, CONFIG_FILE: text}, "an adapter")
 
     @classmethod
     def load(cls, directory: str | PathLike[str], base: Network | None = None) -> Adapter:
@@ -348,48 +344,3 @@ def _lift_shapes(m: Method, spec: NetSpec, directions: int, landmarks: int) -> d
 def _peft_type(name: str) -> str:
     adapters = METHODS[name].adapters
     return {"none": "NONE", "last": "LORA", "layers": "LORA", "skip": "SKIP_LORA"}[adapters]
-
-
-def _replace_directory(target: Path, contents: Mapping[str, bytes]) -> None:
-    """Put a directory with these files at `target`, in one step where one stood before."""
-    fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}.new")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fresh.mkdir()
-        try:
-            for name, data in contents.items():
-                files.write_and_sync(fresh / name, data)
-            files.sync_directory(fresh)
-            if target.exists():
-                _exchange(fresh, target)
-            else:
-                os.rename(fresh, target)
-        finally:
-            # After an exchange this is the old adapter, after a failure the new one; after a plain rename, nothing.
-            shutil.rmtree(fresh, ignore_errors=True)
-        files.sync_directory(target.parent)
-    except OSError as e:
-        raise FileError(
-            f"an adapter must be written to a writable place, but {target} is not: {files.reason(e)}"
-        ) from None
-
-
-def _exchange(fresh: Path, target: Path) -> None:
-    """Swap two directories. Linux does it in one step; elsewhere there is a moment with neither name."""
-    at_cwd, exchange = -100, 2
-    libc = ctypes.CDLL(None, use_errno=True)
-    renameat2 = getattr(libc, "renameat2", None)
-    if renameat2 is not None:
-        if renameat2(at_cwd, os.fsencode(fresh), at_cwd, os.fsencode(target), exchange) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-            raise OSError(code, os.strerror(code))
-    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
-    os.rename(target, old)
-    try:
-        os.rename(fresh, target)
-    except OSError:
-        os.rename(old, target)
-        raise
-    os.rename(old, fresh)

@@ -8,9 +8,12 @@ This file knows nothing about networks or adapters.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Mapping
 from math import prod
@@ -32,6 +35,7 @@ __all__ = [
     "read_tensors",
     "reason",
     "regular_size",
+    "replace_directory",
     "sync_directory",
     "write_and_sync",
     "write_through",
@@ -296,3 +300,52 @@ def sync_directory(path: Path) -> None:
         pass  # some file systems cannot; the data itself is safe
     finally:
         os.close(fd)
+
+
+def replace_directory(target: Path, contents: Mapping[str, bytes], what: str) -> None:
+    """Put a directory with these files, by relative path, at `target`, in one step where one stood before.
+
+    Raises:
+        FileError: the place cannot be written.
+    """
+    fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}.new")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh.mkdir()
+        try:
+            for name, data in contents.items():
+                (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+                write_and_sync(fresh / name, data)
+            for folder in {(fresh / name).parent for name in contents} | {fresh}:
+                sync_directory(folder)
+            if target.exists():
+                _exchange(fresh, target)
+            else:
+                os.rename(fresh, target)
+        finally:
+            # After an exchange this is what was there, after a failure the new one; after a plain rename, nothing.
+            shutil.rmtree(fresh, ignore_errors=True)
+        sync_directory(target.parent)
+    except OSError as e:
+        raise FileError(f"{what} must be written to a writable place, but {target} is not: {reason(e)}") from None
+
+
+def _exchange(fresh: Path, target: Path) -> None:
+    """Swap two directories. Linux does it in one step; elsewhere there is a moment with neither name."""
+    at_cwd, exchange = -100, 2
+    libc = ctypes.CDLL(None, use_errno=True)
+    renameat2 = getattr(libc, "renameat2", None)
+    if renameat2 is not None:
+        if renameat2(at_cwd, os.fsencode(fresh), at_cwd, os.fsencode(target), exchange) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+            raise OSError(code, os.strerror(code))
+    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
+    os.rename(target, old)
+    try:
+        os.rename(fresh, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    os.rename(old, fresh)

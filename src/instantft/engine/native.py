@@ -26,12 +26,17 @@ from .dense import Array, DType
 if TYPE_CHECKING:
     from .._core import Core, Plan
 
-__all__ = ["NativeEngine", "fma_peak", "isas"]
+__all__ = ["CODEC_IDS", "NativeEngine", "fma_peak", "isas"]
 
 # Bits and numbers of instantft.h.
 _W, _B, _X, _GAMMA, _BETA, _BATCH_STATS, _LAYER_ADAPTER, _SKIP_ADAPTER = (1 << i for i in range(8))
+<<<<<<< HEAD
 _LOSSES = {"classification": 0, "multi-label": 1, "regression": 2}
 _CODEC_IDS = {"fp32": 0, "fp16": 1, "int8": 2, "nf4": 3, "nf4-block64": 4, "relu4": 5, "relu2": 6}
+=======
+CODEC_IDS = {"fp32": 0, "fp16": 1, "int8": 2, "nf4": 3, "nf4-block64": 4, "relu4": 5, "relu2": 6}
+"""Numbers of `ift_codec_id`."""
+>>>>>>> 29844f2 (Export: a folder of C11 that adapts itself on a microcontroller)
 _ROLES = ("weight", "bias", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
 _LAYER_A, _LAYER_B, _SKIP_A, _SKIP_B = range(6, 10)
 
@@ -146,7 +151,7 @@ class _Buffers:
             )
         shape = spec.input_shape if len(spec.input_shape) == 3 else (spec.input_shape[0], 1, 1)
         self.core, self.spec, self.rank = core, spec, rank
-        self.plan: Plan = Plan(layers, (shape[0], shape[1], shape[2]), rank, batch, _CODEC_IDS[codec])
+        self.plan: Plan = Plan(layers, (shape[0], shape[1], shape[2]), rank, batch, CODEC_IDS[codec])
         if self.plan.row_width != spec.record.width:
             raise EngineError(f"core and spec must agree on records, not {self.plan.row_width} and {spec.record.width}")
         self.params = np.zeros(self.plan.params, np.float32)
