@@ -63,37 +63,15 @@ static void skip_velocity(const ift_plan *p, float *params, float *velocity, flo
         }
 }
 
-<<<<<<< HEAD
-/* One batch: forward, loss, backward, update. Returns the loss sum; *finite 0 and nothing updated if it is not. */
-static double skip_step(const ift_plan *p, ift_job *job, int S, const float *const *x, const float *const *rec,
-                        const float *const *next_x, const float *const *next_rec, const int32_t *rows,
-                        const int32_t *labels, int64_t *correct) {
-    float *ws = job->workspace, *params = job->params;
-    int ld = (S + IFT_VL - 1) / IFT_VL * IFT_VL;
-#if IFT_VL < 4
-    ld = (S + 3) / 4 * 4;
-#endif
-    float *h = ws + p->ws_h, *dh = ws + p->ws_dh, *z = ws + p->ws_z, *g = ws + p->ws_g;
-=======
-/* From the logits z of S samples: the loss, whose sum is returned, and if it is finite dh (J, ld) and B's part of the
- * update, added to target. z becomes −lr/S · dL/dy, so that updates are additions. g: (S, Cp). */
-static double skip_gradient(const ift_plan *p, const float *params, float *target, float lr, int S, int ld,
-                            const int32_t *labels, const float *h, float *dh, float *z, float *g, int64_t *correct) {
->>>>>>> 29844f2 (Export: a folder of C11 that adapts itself on a microcontroller)
+/* From z = −lr/S · dL/dy of S samples, so that updates are additions: dh (J, ld), and B's part of the update, added to
+ * target. g: (S, Cp). */
+static void skip_gradient(const ift_plan *p, const float *params, float *target, int S, int ld, const float *h, float *dh,
+                          const float *z, float *g) {
     int J = (p->L - p->skip_first) * p->Rp;
-    int64_t hits = 0;
-<<<<<<< HEAD
-    double loss = batch_loss(job, p->C, S, ld, rows, labels, -job->lr / (float)S, z, z + (ptrdiff_t)p->C * ld, &hits);
-=======
-    double loss = softmax_loss(p->C, S, ld, labels, -lr / (float)S, z, z + (ptrdiff_t)p->C * ld, &hits);
->>>>>>> 29844f2 (Export: a folder of C11 that adapts itself on a microcontroller)
-    if (!isfinite(loss)) return loss;
-    *correct += hits;
     int64_t b = p->layer[p->skip_first].t[IFT_ROLE_SKIP_B].offset;
     gemm(J, ld, p->C, params + b, p->Cp, 1, z, ld, dh, ld, FROM_ZERO, NULL, 0);
     to_class_rows(p->C, p->Cp, S, ld, z, g);
     gemm(J, p->Cp, S, h, ld, 1, g, p->Cp, target + b, p->Cp, FROM_C, NULL, 0);
-    return loss;
 }
 
 /* A's part of the update by the samples of columns s0 … s0+S, added to target. */
@@ -110,15 +88,18 @@ static void skip_outer(const ift_plan *p, float *target, int s0, int S, int ld, 
 
 /* One batch: forward, loss, backward, update. Returns the loss sum; nothing is updated if it is not finite. */
 static double skip_step(const ift_plan *p, ift_job *job, int S, const float *const *x, const float *const *rec,
-                        const float *const *next_x, const float *const *next_rec, const int32_t *labels,
-                        int64_t *correct) {
+                        const float *const *next_x, const float *const *next_rec, const int32_t *rows,
+                        const int32_t *labels, int64_t *correct) {
     float *ws = job->workspace, *params = job->params, *target = job->velocity ? job->velocity : params;
     float *h = ws + p->ws_h, *dh = ws + p->ws_dh, *z = ws + p->ws_z;
     int ld = skip_lanes(S);
     skip_logits(p, params, S, ld, x, rec, h, z);
-    if (job->velocity) skip_velocity(p, params, job->velocity, job->momentum, 0);
-    double loss = skip_gradient(p, params, target, job->lr, S, ld, labels, h, dh, z, ws + p->ws_g, correct);
+    int64_t hits = 0;
+    double loss = batch_loss(job, p->C, S, ld, rows, labels, -job->lr / (float)S, z, z + (ptrdiff_t)p->C * ld, &hits);
     if (!isfinite(loss)) return loss;
+    *correct += hits;
+    if (job->velocity) skip_velocity(p, params, job->velocity, job->momentum, 0);
+    skip_gradient(p, params, target, S, ld, h, dh, z, ws + p->ws_g);
     skip_outer(p, target, 0, S, ld, x, rec, next_x, next_rec, dh);
     if (job->velocity) skip_velocity(p, params, job->velocity, job->momentum, 1);
     return loss;

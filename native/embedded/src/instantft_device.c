@@ -361,13 +361,14 @@ static double step(instantft *t, const uint32_t *order, int S) {
     }
     skip_output(p, params, S, ld, h, z);
     for (int s = 0; s < ld; s++) labels[s] = s < S ? kept_labels(t)[order[s]] : -1;
+    double loss = softmax_loss(C, S, ld, labels, -IFT_LR / (float)S, z, z + (ptrdiff_t)C * ld, &t->correct);
+    if (!isfinite(loss)) return loss;
     memset(scratch(t) + IFT_WS_G, 0, (size_t)(S * t->plan.Cp) * sizeof(float)); /* what pads its rows goes into B's */
 #if IFT_MOMENTUM
     target = floats(t, IFT_AT_VELOCITY);
     skip_velocity(p, params, target, IFT_MOMENTUM_VALUE, 0);
 #endif
-    double loss = skip_gradient(p, params, target, IFT_LR, S, ld, labels, h, dh, z, scratch(t) + IFT_WS_G, &t->correct);
-    if (!isfinite(loss)) return loss;
+    skip_gradient(p, params, target, S, ld, h, dh, z, scratch(t) + IFT_WS_G);
     for (int s = 0; s < S; s += IFT_ROWS) {
         int m = S - s < IFT_ROWS ? S - s : IFT_ROWS;
         if (S > IFT_ROWS) decode(t, order + s, m, x, rec);

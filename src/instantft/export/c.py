@@ -234,6 +234,8 @@ def _check(
     if adapter is not None:
         adapter.check_base(base)
         lift.check_none(adapter.tensors)
+        if adapter.task != "classification":
+            raise UsageError(f"an exported adapter must tell classes, not do {adapter.task}")
         m = row(adapter.method)
         if m.adapters not in ("skip", "last") or m.weights != "none" or m.biases != "none":
             raise UsageError(
