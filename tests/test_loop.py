@@ -163,10 +163,11 @@ def test_a_poisoned_adapter_is_rolled_back(tmp_path: Path) -> None:
     """A while of labels that are consistently wrong looks like a new world; when the true ones return, so does the
     adapter from before."""
     journal = journal_in(tmp_path)
-    loop = loop_on(journal)
+    loop = loop_on(journal, labels=500)  # so that only probation can bring it back
     run(loop, samples(0, 300))
     poisoned = [Sample(s.x, None, (s.label + 1) % 3) for s in samples(0, 120, seed=1) if s.label is not None]
-    events = run(loop, poisoned)
+    run(loop, [Command("forget", {"all": True})])
+    events = run(loop, [*poisoned, Command("adapt", {})])
     assert named(events, "adapted")
     assert accuracy(journal, 0) < 0.2
     events = run(loop, samples(0, 300, seed=2))
@@ -175,6 +176,22 @@ def test_a_poisoned_adapter_is_rolled_back(tmp_path: Path) -> None:
     assert "the version before is better" in back["why"]
     assert accuracy(journal, 0) > 0.95
     assert journal.state.switches[-1].new == journal.state.live
+    journal.close()
+
+
+def test_the_world_that_the_network_knows_comes_back(tmp_path: Path) -> None:
+    """No adapter can be better than the frozen network there, which is what the gate wants; so the network returns."""
+    journal = journal_in(tmp_path)
+    loop = loop_on(journal)
+    run(loop, samples(0, 200) + samples(1, 900, seed=1))
+    assert journal.state.live >= 1
+    assert accuracy(journal, 0) < 0.6
+    events = run(loop, samples(0, 300, seed=2))
+    assert "frozen network is better by 1.7 standard errors" in named(events, "rolled back")[0]["why"]
+    assert journal.state.live == 0
+    assert accuracy(journal, 0) > 0.95
+    run(loop, samples(1, 300, seed=3))
+    assert accuracy(journal, 1) > 0.95
     journal.close()
 
 

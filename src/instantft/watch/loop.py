@@ -122,11 +122,13 @@ class _Pending:
 
 @dataclass(frozen=True, eq=False)
 class _Outcome:
-    """What an adaptation found; trusted: how many of the trusted samples old and new get right, of how many."""
+    """What an adaptation found; trusted: how many of the trusted samples old and new get right, of how many;
+    frozen: for the frozen network against the live adapter, where that is one and trusted samples do not object."""
 
     adapter: Adapter
     decision: Decision
     trusted: tuple[int, int, int]
+    frozen: Decision | None
 
     @property
     def refuted(self) -> bool:
@@ -497,6 +499,9 @@ class Loop:
             for k, tensors in enumerate(({} if old is None else old.tensors, adapter.tensors)):
                 said = lift.from_taps(self._base.spec, tensors, taps, c).argmax(axis=1)
                 right[k] = int(np.count_nonzero(said == y_trusted))
+        frozen = None
+        if old is not None and (not len(x_trusted) or self._right(x_trusted, y_trusted, {}).sum() >= right[0]):
+            frozen = gate(self._right(x, y, old.tensors), self._right(x, y, {}))
         ended = time.perf_counter()
         seconds = {
             "fill": tuner.result_.seconds.fill,
@@ -504,7 +509,11 @@ class Loop:
             "gate": ended - fitted,
             "total": ended - began,
         }
-        return _Outcome(adapter, decision, (right[0], right[1], len(x_trusted)), seconds, stop(), len(y))
+        return _Outcome(adapter, decision, (right[0], right[1], len(x_trusted)), frozen, seconds, stop(), len(y))
+
+    def _right(self, x: Floats, y: NDArray[np.int32], tensors: Mapping[str, Floats]) -> NDArray[np.bool_]:
+        """(T,) which samples an adapter gets right; without tensors, the frozen network."""
+        return np.asarray(lift.from_taps(self._base.spec, tensors, *self._taps(x)).argmax(axis=1) == y)
 
     def _finish(self, job: Future[_Outcome]) -> None:
         """An adaptation has ended."""
@@ -538,7 +547,13 @@ class Loop:
         entry |= {"accepted": accepted, "version": state.live, "why": why}
         self._list({"time": self._clock(), "labels": self.counts["labels"], **entry})
         if not accepted:
-            return self._tell("kept", **entry)
+            self._tell("kept", **entry)
+            f = found.frozen
+            if f is not None and f.accepted and not self._stale:
+                # The world that the network was trained in has come back: nothing can be better than it by much.
+                by = f"{f.after:.1%} against {f.before:.1%} on {f.n} samples"
+                self._roll_back(f"the frozen network is better by {SURE} standard errors: {by}", FROZEN)
+            return None
         self.counts["switches"] += 1
         self._take_live()
         return self._tell("adapted", **entry)
