@@ -25,7 +25,7 @@ from instantft.export.onnx import TOLERANCE, export_onnx
 from instantft.methods import METHODS
 from instantft.spec import LayerSpec, NetSpec, dnn
 
-from .nets import NETS, samples_for, tensors_for
+from .nets import NETS, ODD, samples_for, tensors_for
 from .samples import adapter as made_up
 from .samples import blobs
 
@@ -798,3 +798,14 @@ def test_values_that_mix_samples_are_no_taps(tmp_path: Path) -> None:
     tuner = FineTuner(base).fit(x, np.arange(40) % 5)
     export_onnx(base, tuner.adapter, tmp_path / "out.onnx")
     close(run(tmp_path / "out.onnx", x), tuner.decision_function(x))
+
+
+def test_nothing_is_printed_of_a_damaged_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """onnxruntime would, where its own message is no UTF-8."""
+    export_onnx(Network.init(ODD, 0), None, tmp_path / "net.onnx")
+    raw = (tmp_path / "net.onnx").read_bytes()
+    assert b"pads" in raw
+    (tmp_path / "net.onnx").write_bytes(raw.replace(b"pads", b"pa\xe8s"))
+    with pytest.raises(FileError):
+        from_onnx(tmp_path / "net.onnx")
+    assert capsys.readouterr().out == ""

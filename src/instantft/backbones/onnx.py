@@ -338,7 +338,12 @@ def _open(model: Model, contents: bytes, threads: int) -> Any:
     try:
         with _bounded(MAX_MEMORY + 8 * len(model.raw) + 4 * sum(path.stat().st_size for path in model.external)):
             contents = bytes(model.raw) + onnx_file.graph(contents)
-            return _timely(lambda: ort.InferenceSession(contents, options, providers=["CPUExecutionProvider"]))
+            return _timely(
+                lambda: ort.InferenceSession(
+                    contents, options, providers=["CPUExecutionProvider"],
+                    enable_fallback=0,  # it would print what is wrong to standard output, and try the same again
+                )
+            )  # fmt: skip
     except Exception as e:  # onnxruntime's exceptions have no common root
         raise FileError(f"{WHAT} must load in onnxruntime, but {model.path} does not: {_reason(e)}") from None
 
