@@ -6,7 +6,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*')
 
-.PHONY: demo test test-all lint sanitize test-arm wheel bench clean
+.PHONY: demo test test-all torture lint sanitize test-arm wheel bench clean
 
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/instantft demo
@@ -17,6 +17,11 @@ test: $(VENV)/test.stamp
 
 test-all: $(VENV)/test.stamp
 	$(PY) -m pytest
+
+# Crashes, power cuts, full disks, garbage, wrong labels, a day's stream: docs/reliability.md. CI runs a twentieth.
+SHARE := 1
+torture: $(VENV)/test.stamp
+	$(PY) -m tests.torture --share $(SHARE)
 
 lint: $(VENV)/lint.stamp
 	$(VENV)/bin/ruff check .
