@@ -10,7 +10,7 @@ from instantft.errors import DivergedError, UsageError
 from instantft.methods import METHODS
 from instantft.solvers import sgd
 from instantft.solvers.records import Records
-from instantft.solvers.step import LARGEST, default_lr, default_momentum, features, largest_eigenvalue
+from instantft.solvers.step import LARGEST, SHARE, default_lr, default_momentum, features, largest_eigenvalue
 from tests import samples
 
 
@@ -77,6 +77,19 @@ def test_momentum_and_batch() -> None:
     ]
     assert default_lr(records, m, batch_size=1) < default_lr(records, m, batch_size=20)
     assert default_lr(records, m, batch_size=500) == default_lr(records, m, batch_size=100)
+
+
+def test_a_lucky_draw_of_the_only_adapter_buys_no_larger_step() -> None:
+    x, _ = samples.blobs(100)
+    records = Records(get_engine("reference"), samples.base(), x * np.float32(5), np.arange(100), None)
+    m, rank = METHODS["lora-last"], 2
+    taps = records.taps(slice(0, 100))[-1]
+    H = taps * (rank / taps.shape[1]) ** 0.5  # the features' second moment on average over draws
+    M = 0.95 * largest_eigenvalue(H) + float((H**2).sum(axis=1).max()) / 20
+    drawn = [largest_eigenvalue(features(records, m, rank, seed)) for seed in range(30)]
+    assert min(drawn) < 0.3 * largest_eigenvalue(H)
+    # √(2/AVERAGE) is one standard deviation; 3 of them for 30 draws
+    assert max(default_lr(records, m, rank=rank, seed=seed) for seed in range(30)) < SHARE["bilinear"] / M / (1 - 3 / 8)
 
 
 def test_features() -> None:

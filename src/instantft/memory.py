@@ -26,7 +26,7 @@ from .solvers.lifting import SAMPLES
 from .solvers.records import CHUNK
 from .solvers.ridge import MANY, MAX_SYSTEM
 from .solvers.sgd import LONG_EPOCH, MAX_ORDER
-from .solvers.step import AT_ONCE, MOST
+from .solvers.step import AT_ONCE, AVERAGE, MOST
 from .spec import PAD, NetSpec, pad
 
 __all__ = ["FIXED", "Plan", "check_limit", "peak_memory", "size_of", "size_text"]
@@ -108,8 +108,9 @@ def _training(p: Plan) -> int:
     looking = 0
     if m.cacheable:
         n, together = min(T, MOST), min(T, AT_ONCE)
+        columns = max(p.rank, AVERAGE) if len(pairs) == 1 else len(pairs) * p.rank
         decoding = 4 if p.codec is None else 8 if p.codec == "fp32" else 12
-        looking = together * decoding * width + 32 * n * (len(pairs) * p.rank or spec.tap_widths[-1] + 1)
+        looking = together * decoding * width + 32 * n * (columns or spec.tap_widths[-1] + 1)
     order = 16 * (T if T > LONG_EPOCH else min(p.epochs * T, max(MAX_ORDER, T)))
     in_dual: tuple[bool, ...] = ()
     if p.codec is not None or p.space == "dual":

@@ -30,7 +30,7 @@ from .methods import Method, connections, layer_types, trainable
 from .solvers.closed import KEPT, SCORED
 from .solvers.dual import Space, taps_in_dual
 from .solvers.ridge import FEW, MANY
-from .solvers.step import MOST
+from .solvers.step import AVERAGE, MOST
 from .spec import PAD, NetSpec, pad
 
 __all__ = ["Calibration", "calibration_file", "fill_work", "load_calibration", "save_calibration", "train_work"]
@@ -104,13 +104,15 @@ def train_work(
     if m.cacheable and own_step:
         n = min(T, MOST)
         pairs = connections(m, L, spec.first_tap)
-        work["products"] += n * sum(spec.geometry[i].N * rank for i, _ in pairs)
-        work["eigenvalue"] += n * (len(pairs) * rank or spec.tap_widths[-1] + 1)
+        columns = rank + AVERAGE if len(pairs) == 1 else rank
+        work["products"] += n * sum(spec.geometry[i].N * columns for i, _ in pairs)
+        work["eigenvalue"] += n * (len(pairs) * columns or spec.tap_widths[-1] + 1)
         work["own steps"] += 1
+        looks = 2 if len(pairs) == 1 else 1
         if codec is None:
-            _frozen(work, spec, n, n)
+            _frozen(work, spec, looks * n, n)
         else:
-            work[f"decode {codec}"] += n * width
+            work[f"decode {codec}"] += looks * n * width
     if m.rows_only:
         used = [spec.geometry[i].N for i, _ in connections(m, L, spec.first_tap)]
         dual = taps_in_dual(space, m, spec.tap_widths, T, rank, epochs, batch_size) if codec else ()

@@ -142,6 +142,7 @@ def _check_data(trials: Iterable[Trial], folder: Path) -> None:
     for name in sorted({t.params["file"] for t in trials if "file" in t.params}):
         if not (folder / name).is_file():
             raise FileError(
-                f"the data folder must hold {name}, but {folder} does not: name another with --data-dir or "
-                "INSTANTFT_DATA; docs/guide.md says what must be in the file and where the set comes from"
+                f"the data folder must hold {name}, but {folder} does not: `instantft data fetch` gets the papers' "
+                "sets; or name another folder with --data-dir or INSTANTFT_DATA; docs/guide.md says what must be in "
+                "the file and where the set comes from"
             )

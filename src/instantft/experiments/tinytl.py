@@ -323,6 +323,8 @@ def _section(settings: Settings, found: Results) -> Section:
         f" kernels, expansions and strides, but, for time, {WIDTH:g} times its channels"
         f" ({one['parameters']:,} parameters on HAR with the lite residual modules; TinyTL trains {one['tuned']:,} of"
         " them) and few epochs. There are no ImageNet weights here: all it knows is from the samples before the drift."
+        " What of this costs how much was not measured one by one; the column before fine-tuning shows how little such"
+        " a network knows to start from."
         f" Epochs of pre-training and fine-tuning: {epochs}; Adam, learning rate {LR:g}, cosine schedule, batches of"
         f" {PRETRAIN_BATCH} and {BATCH}; float32 throughout, no dropout; batch normalisation by the batch's statistics"
         " in both trainings. Learning rate and input were chosen by Damage2's test samples, with another seed."

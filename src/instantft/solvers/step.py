@@ -8,8 +8,11 @@ features' second moment (features of samples with weights times their roots), an
 
 where the second term is what a batch may see that the average does not. λ_max comes from power iteration. A LoRA's
 features grow as A is trained too, so it gets a smaller share of the bound than a map that is linear for good (SHARE;
-docs/decisions/0006-default-step.md has the measurements). Momentum μ moves further by 1/(1 − μ), so the step shrinks by
-1 − μ; but it also averages the noise of batches, and skip adapters stand AVERAGED times that (0008-multinomial.md).
+docs/decisions/0006-default-step.md has the measurements). A soon leaves the directions it was drawn in, so what it was
+drawn with says little where there is one tap: M is then no less than it is on average over draws, which AVERAGE columns
+instead of R tell. Of several taps, with a draw each, the sum is nearer its average by itself. Momentum μ moves further
+by 1/(1 − μ), so the step shrinks by 1 − μ; but it also averages the noise of batches, and skip adapters stand AVERAGED
+times that (0008-multinomial.md).
 
 T samples, B batch size, R rank.
 """
@@ -45,6 +48,9 @@ diverges)."""
 
 MOST = 1024
 """Samples that are looked at."""
+
+AVERAGE = 128
+"""Columns of A that stand for the average over draws: it is off by 1/8 (√(2/128)) where one direction rules."""
 
 AT_ONCE = 128
 """Samples whose records are decoded together."""
@@ -102,6 +108,11 @@ def features(records: Records, method: Method, rank: int, seed: int) -> Doubles:
     return np.concatenate(H)
 
 
+def _bound(H: Doubles, B: int) -> float:
+    """M, for features H (T, n) and batches of B."""
+    return (1 - 1 / B) * largest_eigenvalue(H) + float(np.einsum("ij,ij->i", H, H).max()) / B
+
+
 def default_momentum(method: Method) -> float:
     """μ for a method whose step comes from `default_lr`: MOMENTUM for skip adapters, 0 where it was found to harm."""
     return MOMENTUM if method.adapters == "skip" else 0.0
@@ -130,13 +141,16 @@ def default_lr(
         UsageError: see `features`.
     """
     H = features(records, method, rank, seed)
-    factor = 1.0
+    factor, roots = 1.0, None
     if goal is not None:
         roots = goal.at(subset(len(records), MOST, seed)[0]).roots
         H = H if roots is None else H * roots[:, None]
         factor = {"classification": 1.0, "multi-label": LABELS, "regression": SQUARED * goal.C**0.5}[goal.task]
     B = max(1, min(batch_size, len(records)))
-    M = (1 - 1 / B) * largest_eigenvalue(H) + float(np.einsum("ij,ij->i", H, H).max()) / B
+    M = _bound(H, B)
+    if method.adapters != "none" and len(connections(method, records.spec.L, records.spec.first_tap)) == 1:
+        H = features(records, method, AVERAGE, seed) * (rank / AVERAGE) ** 0.5
+        M = max(M, _bound(H if roots is None else H * roots[:, None], B))
     share = SHARE["linear" if method.adapters == "none" else "bilinear"]
     bounded = goal is None or (goal.task != "regression" and goal.weights is None)
     further = AVERAGED if method.adapters == "skip" and records.spec.L > 1 and bounded else 1.0
