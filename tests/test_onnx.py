@@ -565,6 +565,19 @@ def test_models_that_cannot_be_adapted(tmp_path: Path) -> None:
         from_onnx(model(tmp_path, [*BODY, N("Relu", ["f"], ["y"])], CONSTANTS))
     with pytest.raises(FileError, match="one score a class"):
         from_onnx(model(tmp_path, [*BODY, N("Conv", ["f", "w2"], ["y"])], CONSTANTS))
+    with pytest.raises(FileError, match="is one number a sample and has no axis of scores"):
+        from_onnx(
+            model(
+                tmp_path,
+                [
+                    *BODY,
+                    *nodes[:-1],
+                    N(nodes[-1].op_type, nodes[-1].input, ["z"]),
+                    N("Gather", ["z", "i"], ["y"], axis=1),
+                ],
+                {**parts, "i": np.array(0)},
+            )
+        )
     with pytest.raises(FileError, match="one output"):
         from_onnx(model(tmp_path, [*BODY, *nodes], parts, outputs=("y", "f")))
     with pytest.raises(FileError, match="operators that onnxruntime"):

@@ -532,6 +532,10 @@ def test_labels_of_tokens_that_cannot_be_used() -> None:
         FineTuner(base).fit(x, np.full_like(y, -100))
     with pytest.raises(DataError, match="y must be 0 to 4"):
         FineTuner(base).fit(x, np.where(y == 4, 5, y))
+    with pytest.raises(
+        DataError, match=r"y must be \(T, 12, 5\) numbers, one a position and output, not \[1\] a position"
+    ):
+        FineTuner(base, task="regression").fit(x, y.astype(float))
 
 
 # -- what comes out --------------------------------------------------------------------------------------------------
@@ -670,6 +674,11 @@ def test_numbers_and_several_labels(targets: int) -> None:
     tuner = FineTuner(base, task="regression").fit(x, wanted)
     assert tuner.score(x, wanted) > 0.8
     close(call(base.adapted(tuner.adapter_), x), tuner.decision_function(x))
+    if targets == 1:
+        with pytest.raises(DataError, match="a network of one output has no classes"):
+            FineTuner(base).fit(x, np.arange(80) % 2)
+    with pytest.raises(DataError, match="only who made the model can give it a head"):
+        FineTuner(base, task="regression").fit(x, np.zeros((80, targets + 1)))
     if targets > 1:
         assert FineTuner(base, task="multi-label").fit(x, wanted > 0).score(x, wanted > 0) > 0.8
 
@@ -716,6 +725,24 @@ def test_results_that_are_not_finite() -> None:
         module.fc1.weight.fill_(1e38)
     with pytest.raises(DataError, match="must be finite, but of sample 0 they are not"):
         FineTuner(base).fit(x, np.arange(20) % C)
+
+
+class Branch(nn.Module):
+    """Goes another way where a number says so: one of the input, or one that it computed."""
+
+    def __init__(self, computed: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.computed = nn.Linear(6, 8), nn.Linear(8, C), computed
+
+    def forward(self, x: Any) -> Any:
+        h = self.a(x)
+        return self.b(-h if (h if self.computed else x).isnan().any() else torch.relu(h))
+
+
+def test_branches_on_what_is_computed_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"same way for every sample, but Branch \(its forward\) takes a number"):
+        from_torch(Branch(True), torch.zeros(2, 6))
+    assert repr(from_torch(Branch(False), torch.zeros(2, 6))).startswith("TorchNetwork(6 → 5, 2 layers, ")
 
 
 def test_a_module_that_was_changed_is_another_network() -> None:

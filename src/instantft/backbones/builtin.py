@@ -82,7 +82,7 @@ class Network:
 
     def __repr__(self) -> str:
         shape = "×".join(map(str, self.spec.input_shape))
-        return f"Network({shape} → {self.spec.C}, {len(self.spec.layers)} layers, {self.hash[:8]}…)"
+        return f"{type(self).__name__}({shape} → {self.spec.C}, {len(self.spec.layers)} layers, {self.hash[:8]}…)"
 
     def __deepcopy__(self, memo: object) -> Network:
         return self  # nothing in it changes

@@ -132,7 +132,7 @@ class Tap:
         return math.prod(self.cells)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ForeignNetwork(Network):
     """A network that somebody else runs, with the taps that were chosen.
 
@@ -454,7 +454,7 @@ def choose(
     chosen = _chosen(candidates, taps, entry)
     behind = tuple(tap for tap in chosen if tap.name != entry)
     if not behind:
-        raise UsageError(f"taps must have one besides the input {entry!r:.60}, but {taps!r:.80} has none")
+        raise UsageError(f"taps must have one besides the input {entry!r:.60}, but {taps or 'auto'!r:.80} has none")
     if len(behind) >= MAX_LAYERS:
         raise UsageError(f"taps must be at most {MAX_LAYERS - 1}, not {len(behind)}: name fewer, or use 'auto'")
     layers = [LayerSpec("foreign", tap.width, relu=tap.nonnegative, name=tap.name) for tap in behind]

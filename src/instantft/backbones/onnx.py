@@ -39,7 +39,7 @@ MAX_MEMORY = 1 << 32
 """Bytes that onnxruntime may take at once for a batch or for opening a model, beside the model's own."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class OnnxNetwork(ForeignNetwork):
     """A network in an ONNX file, with the taps that were chosen. Made by `from_onnx`.
 
@@ -307,6 +307,11 @@ def _probe(model: Model, values: Sequence[str], inputs: Sequence[Input], channel
         if array.ndim >= 2 and array.shape[0] == PROBED:
             taps.append(Tap(v, tuple(array.shape[1:]), type=str(array.dtype)))
     if not taps or taps[-1].value != values[-1]:
+        if found[values[-1]].shape == (PROBED,):
+            raise FileError(
+                f"{WHAT} must end in (batch, scores), but {values[-1][:60]!r} in {model.path} is one number a sample "
+                "and has no axis of scores: keep that axis when exporting, even of one"
+            )
         raise FileError(
             f"{WHAT} must keep the batch in front, but of {PROBED} samples {values[-1][:60]!r} in {model.path} is "
             f"{list(found[values[-1]].shape)}: export it with a dynamic axis 0"

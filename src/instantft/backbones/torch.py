@@ -37,7 +37,7 @@ TOLERANCE = 1e-4
 float32, and sums of some thousand products in another order differ by less."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TorchNetwork(ForeignNetwork):
     """A PyTorch module, with the taps that were chosen. Made by `from_torch`.
 

@@ -103,6 +103,7 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
         self._where, self._module = where, module
         self._names: Any = WeakTensorKeyDictionary()
         self._makers: dict[str, Operation] = {}
+        self._computed: set[str] = set()
         self._running: list[tuple[Place, str]] = []
         self._count = 0
         for name, value in inputs.items():
@@ -159,6 +160,12 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
         given |= {a.name: v for a, v in zip(known, args, strict=False)} | kwargs
         self._check(func, name, given)
         read = [self.name(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        computed = not self._computed.isdisjoint(read)
+        if name == "_local_scalar_dense" and computed:
+            raise UsageError(
+                f"{WHAT} must go the same way for every sample, but {self._where} ({self._at()}) takes a number out of "
+                "what it computes, to decide by it: use torch.where, or leave that part out"
+            )
         result = func(*args, **kwargs)
         plain = name.removesuffix("_")
         op = NAMES.get(plain, name)
@@ -176,6 +183,8 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
         operation = Operation(op, tuple(read), made, place)
         self.operations.append(operation)
         self._makers.update(dict.fromkeys(made, operation))
+        if computed or op in LINEAR:
+            self._computed.update(made)
         return result
 
     def _tapped(self, read: list[str]) -> Place | None:

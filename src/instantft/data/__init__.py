@@ -220,7 +220,8 @@ def as_labels(
     C = MAX_CLASSES if spec is None else spec.C
     bad = np.flatnonzero((labels < 0) | (labels >= C))
     if bad.size:
-        raise DataError(f"{name} must be 0 to {C - 1}, but the label of sample {bad[0]} is {labels[bad[0]]}")
+        hint = " (a network of one output has no classes: its tasks are regression and multi-label)" if C == 1 else ""
+        raise DataError(f"{name} must be 0 to {C - 1}, but the label of sample {bad[0]} is {labels[bad[0]]}{hint}")
     return labels.astype(np.int32)
 
 
@@ -234,7 +235,13 @@ def _as_rows(values: NDArray[Any], T: int, spec: NetSpec | None, name: str, task
     if values.ndim != 2 or len(values) != T or values.shape[1] != (C or values.shape[1]) or values.shape[1] == 0:
         one = "numbers, one" if task == "regression" else "zeros and ones, one"
         hint = "" if C is None else f" (Network.with_outputs and --outputs give a network a new head of other than {C})"
-        raise DataError(f"{name} must be ({T}, {C or 'C'}) {one} a sample and output, not {list(values.shape)}{hint}")
+        if spec is not None and not spec.own:
+            hint = f" (only who made the model can give it a head of other than {C})"
+        if spec is not None and spec.positions > 1:
+            wanted, each, found = f"(T, {spec.positions}, {C})", "position", f"{list(values.shape[1:])} a position"
+        else:
+            wanted, each, found = f"({T}, {C or 'C'})", "sample", str(list(values.shape))
+        raise DataError(f"{name} must be {wanted} {one} a {each} and output, not {found}{hint}")
     if task == "multi-label":
         wrong = np.flatnonzero(~((values == 0) | (values == 1)).all(axis=1))
         if wrong.size:
