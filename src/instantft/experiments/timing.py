@@ -497,9 +497,10 @@ def _section_67(name: str, settings: Settings, found: Results) -> Section:
         f" fine-tuning (E={task_of(trial.params).epochs} with the cache's filling for Skip2-LoRA,"
         f" {trial.params['short']} epochs without a cache, where every batch costs the same). Its"
         " forward pass is timed by itself as well, and what is left of a step is backward and update; with a cache even"
-        " these cannot be told apart. The NumPy engine's calls cost some microseconds each, however little they do, so"
-        " it saves less. Predict@sample is one call from Python for one sample, and mostly"
-        " the call."
+        " these cannot be told apart. That rest is a difference of two timings, and a pass by itself costs LoRA-All"
+        " more than the one inside its step, so that its rest comes out too small. The NumPy engine's calls cost some"
+        " microseconds each, however little they do, so it saves less. Predict@sample is one call from Python for one"
+        " sample, and mostly the call."
     )
     ours = {
         "microseconds": {m: {k: v * 1e3 for k, v in cells.items() if v is not None} for m, cells in times.items()},
