@@ -95,7 +95,7 @@ def test_the_dual_makes_the_same_steps(task: Task, weighted: bool) -> None:
         for space in ("primal", "dual")
     ]
     for name, value in made[0].adapter.tensors.items():
-        assert made[1].adapter.tensors[name] == pytest.approx(value, abs=1e-5 * np.abs(value).max()), name
+        assert made[1].adapter.tensors[name] == pytest.approx(value, abs=1e-5 * float(np.abs(value).max())), name
     assert made[0].stats.loss == pytest.approx(made[1].stats.loss, rel=1e-5)
 
 
@@ -153,7 +153,7 @@ def test_steps_in_regression_have_no_units() -> None:
         FineTuner(BASE.with_outputs(3), task="regression", method="skip2-lora").fit(X, y).predict(X)
         for y in (NUMBERS, 1000 * NUMBERS + 20)
     )
-    assert (large - 20) / 1000 == pytest.approx(small, abs=1e-3 * np.abs(small).max())
+    assert (large - 20) / 1000 == pytest.approx(small, abs=1e-3 * float(np.abs(small).max()))
 
 
 def test_partial_fit_of_numbers_goes_on() -> None:
