@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from instantft.errors import FileError
@@ -77,6 +77,7 @@ def test_damage_costs_the_record_that_is_damaged(tmp_path: Path) -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@example(cut=PAGE + 8 * (64 + 4 * N), at=9, junk=b"\1")  # another version, it seems
 @given(
     cut=st.integers(0, PAGE + 8 * (64 + 4 * N)),
     at=st.integers(0, PAGE + 8 * (64 + 4 * N) - 1),

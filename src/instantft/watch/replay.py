@@ -240,7 +240,8 @@ class Replay:
 
     def _header(self) -> bytes:
         body = json.dumps({"values": self._N, "classes": self._C, "capacity": self.capacity}).encode()
-        return (MAGIC + struct.pack("<III", VERSION, len(body), zlib.crc32(body)) + body).ljust(PAGE, b"\0")
+        head = struct.pack("<II", VERSION, len(body))
+        return (MAGIC + head + struct.pack("<I", zlib.crc32(head + body)) + body).ljust(PAGE, b"\0")
 
     def _open(self, capacity: int | None) -> None:
         if not self._path.exists():
@@ -296,7 +297,7 @@ class Replay:
             return None
         version, n, crc = struct.unpack("<III", raw[8:20])
         body = raw[20 : 20 + n]
-        if n > PAGE - 20 or zlib.crc32(body) != crc:
+        if n > PAGE - 20 or zlib.crc32(raw[8:16] + body) != crc:
             return None
         if version != VERSION:
             raise FileError(f"the samples must be of version {VERSION}, but {self._path} has {version}: delete it")
