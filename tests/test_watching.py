@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import instantft
 from instantft.backbones.builtin import Network
 from instantft.cli import run
 from instantft.watch.detectors import Seen
@@ -45,7 +46,8 @@ def command(*arguments: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
+    """What the program runs in: the package that the tests run with."""
+    return {**os.environ, "PYTHONPATH": str(Path(instantft.__file__).parents[1])}
 
 
 class Watcher:
