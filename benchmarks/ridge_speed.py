@@ -54,7 +54,7 @@ STEPS: dict[str, tuple[Any, str]] = {
     "solve": (Factor, "solve"),
     "left-out scores": (Factor, "left_out"),
     "all of the dual": (closed, "dual"),
-    "temperature and gain": (ridge, "_logits"),
+    "temperature and gain": (ridge, "_calibrated"),
 }
 """Name to whose function it is. A step's time is without that of steps inside it."""
 
