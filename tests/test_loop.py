@@ -15,7 +15,7 @@ from instantft.engine import forward, get_engine
 from instantft.errors import DivergedError, UsageError
 from instantft.watch.detectors import Seen
 from instantft.watch.journal import Journal
-from instantft.watch.loop import Command, Label, Loop, Sample, Skipped, Trace
+from instantft.watch.loop import Command, Label, Loop, Sample, Skipped, Trace, Work
 
 from .watched import Clock, at_once, journal_in, loop_on, named, run, samples, trained, world
 
@@ -24,6 +24,17 @@ def accuracy(journal: Journal, kind: int) -> float:
     x, y = world(kind, 600, seed=99)
     tensors = {**trained().tensors, **({} if journal.live is None else journal.live.tensors)}
     return float((forward(get_engine(), trained().spec, tensors, x).argmax(axis=1) == y).mean())
+
+
+def postponed() -> tuple[list[tuple[Callable[[], Any], Future[Any]]], Work]:
+    """Jobs that wait until the test does them, and what takes them."""
+    jobs: list[tuple[Callable[[], Any], Future[Any]]] = []
+
+    def later(job: Callable[[], Any]) -> Future[Any]:
+        jobs.append((job, Future()))
+        return jobs[-1][1]
+
+    return jobs, later
 
 
 def test_the_whole_story(tmp_path: Path) -> None:
@@ -269,12 +280,7 @@ def test_a_class_that_was_never_seen_is_waited_for(tmp_path: Path, allowed: bool
 
 
 def test_predictions_go_on_while_an_adapter_is_fitted(tmp_path: Path) -> None:
-    jobs: list[tuple[Callable[[], Any], Future[Any]]] = []
-
-    def later(job: Callable[[], Any]) -> Future[Any]:
-        jobs.append((job, Future()))
-        return jobs[-1][1]
-
+    jobs, later = postponed()
     journal = journal_in(tmp_path)
     loop = loop_on(journal, work=later)
     run(loop, samples(0, 200) + samples(1, 100, seed=1))
@@ -367,12 +373,7 @@ def test_what_a_user_takes_back_is_gone(tmp_path: Path) -> None:
 
 
 def test_an_adapter_fitted_to_forgotten_samples_is_dropped(tmp_path: Path) -> None:
-    jobs: list[tuple[Callable[[], Any], Future[Any]]] = []
-
-    def later(job: Callable[[], Any]) -> Future[Any]:
-        jobs.append((job, Future()))
-        return jobs[-1][1]
-
+    jobs, later = postponed()
     journal = journal_in(tmp_path)
     loop = loop_on(journal, work=later)
     run(loop, samples(0, 200) + samples(1, 100, seed=1))

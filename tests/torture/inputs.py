@@ -252,24 +252,31 @@ def garbage_mqtt(count: int) -> Seen:
     return seen
 
 
+def with_page(folder: Path) -> tuple[Program, int]:
+    """The program with its page, after a good sample, and the page's port."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = int(s.getsockname()[1])
+    program = Program(folder, "--http", port)
+    assert program.process.stdin is not None
+    program.process.stdin.write(good_line(0) + b"\n")
+    program.process.stdin.flush()
+    program.until(1)
+    return program, port
+
+
 def garbage_http(count: int) -> Seen:
     """Requests that make no sense, or want what they may not have; nothing may change, and the page must go on."""
     seen, rng = Seen(count), np.random.default_rng(6)
     with tempfile.TemporaryDirectory() as scratch:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = int(s.getsockname()[1])
-        program = Program(Path(scratch), "--http", port)
-        assert program.process.stdin is not None
-        program.process.stdin.write(good_line(0) + b"\n")
-        program.process.stdin.flush()
-        program.until(1)
+        program, port = with_page(Path(scratch))
         memory, before = Memory(program.process.pid), program.status["live"]
         for _ in range(count):
             status = answered(port, request(rng))
             seen.outcomes[status] += 1
             if status == "202":
                 seen.failures.append("a request without the token was obeyed")
+        assert program.process.stdin is not None
         program.process.stdin.write(good_line(1) + b"\n")
         program.process.stdin.flush()
         program.until(2)

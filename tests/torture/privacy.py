@@ -16,7 +16,7 @@ from instantft.watch.replay import digest
 
 from ..test_watching import command, environment
 from ..watched import journal_in, trained
-from .inputs import Program, good_line
+from .inputs import with_page
 from .work import Seen, trials
 
 __all__ = ["page", "wiped"]
@@ -85,14 +85,7 @@ def page(count: int) -> Seen:
     """The program's own page: where it listens, what it gives away, and what it does without the token."""
     seen, rng = Seen(count), np.random.default_rng(10)
     with tempfile.TemporaryDirectory() as scratch:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = int(s.getsockname()[1])
-        program = Program(Path(scratch), "--http", port)
-        assert program.process.stdin is not None
-        program.process.stdin.write(good_line(0) + b"\n")
-        program.process.stdin.flush()
-        program.until(1)
+        program, port = with_page(Path(scratch))
         if not listens(port) or set(listens(port)) != {"127.0.0.1"}:
             seen.failures.append(f"it listens at {listens(port)}")
         token = Path(scratch, "state", "token").read_text(encoding="ascii").strip()

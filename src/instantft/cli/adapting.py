@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -283,34 +284,11 @@ def finetune(
     if here is not None:
         plan = tuner.planned(P * here[0], others=P * there[0] if there else 0, itemsize=here[1])
     old = _adapter_in_use(out, network, means, stds, wanted)
-    samples = read_samples(
-        data,
-        network.spec,
-        means,
-        stds,
-        groups=groups,
-        weights=sample_weights,
-        task=wanted,
-        size=size,
-        label=label,
-        beside=eval_path,
-        classes=class_names(old),
-        form=network,
+    read = partial(
+        read_samples, spec=network.spec, mean=means, std=stds, task=wanted, size=size, label=label, form=network
     )
-    test = None
-    if eval_path:
-        test = read_samples(
-            eval_path,
-            network.spec,
-            means,
-            stds,
-            task=wanted,
-            size=size,
-            label=label,
-            beside=data,
-            classes=samples.classes,
-            form=network,
-        )
+    samples = read(data, groups=groups, weights=sample_weights, beside=eval_path, classes=class_names(old))
+    test = read(eval_path, beside=data, classes=samples.classes) if eval_path else None
     before = score_of(chosen, network, None, test, threads, wanted) if test else None
     T = len(samples.x)
     if plan is None:
@@ -331,10 +309,8 @@ def finetune(
             groups=samples.groups, progress=bar.update, filling=filling, plan=plan,
         )  # fmt: skip
     fitted, store, row = tuner.result_, tuner.store_, tuner.method_.name
-    after, classes = (
-        score_of(chosen, network, tuner.adapter, test, threads, wanted) if test else None,
-        wanted == TASKS[0],
-    )
+    after = score_of(chosen, network, tuner.adapter, test, threads, wanted) if test else None
+    classes = wanted == TASKS[0]
     result: dict[str, Any] = {
         "method": row,
         "task": wanted,
