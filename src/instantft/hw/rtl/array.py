@@ -15,8 +15,8 @@ from ..layout import CHANNELS, Build
 __all__ = ["LATENCY", "AdaptersPort", "BackbonePort", "LaneArray", "sum_width", "values"]
 
 LATENCY = 3
-"""Cycles from an operand to the sum that has it: operands of cycle t are in `p` in cycle t + 3 (operand, product and sum
-registers), so that `capture` in cycle t + 3 takes them."""
+"""Cycles from an operand to the sum that has it: operands of cycle t are in `p` in cycle t + 3 (operand, product,
+sum registers), so that `capture` in cycle t + 3 takes them."""
 
 START_DELAY = 2
 """Cycles from the operands with `start` to `a`, which is taken where the product meets the sum."""
@@ -88,7 +88,7 @@ class BackbonePort(wiring.Signature):
 
 
 class LaneArray(wiring.Component):
-    """N·R multipliers with accumulators, p = x·b + (start ? start value : p), and a chain that holds sums as they leave.
+    """N·R multipliers with accumulators, p = x·b + (start ? start value : p), and a chain that holds the sums.
 
     Ports:
         select: 1 while the frozen network is the client, 0 for the adapters. The other one's strobes must be low.
