@@ -6,9 +6,11 @@ RTL, for the images that a driver writes, and for the counts of cycles.
 
 from __future__ import annotations
 
+import json
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,6 +116,23 @@ class Build:
             raise UsageError(f"the core holds up to {CHANNELS} classes, not {self.net.C}")
         if self.samples < 1:
             raise UsageError(f"lanes times rank must be at least {CHANNELS}, not {self.lanes * self.rank}")
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """The build in plain values."""
+        return {
+            "net": self.net.to_json(),
+            "lanes": self.lanes,
+            "rank": self.rank,
+            "formats": self.formats.name,
+            "input": self.input,
+            "batch": self.batch,
+        }
+
+    @property
+    def id(self) -> int:
+        """What the core answers in its register BUILD."""
+        return zlib.crc32(json.dumps(self.description, sort_keys=True).encode())
 
     @property
     def samples(self) -> int:
