@@ -51,6 +51,10 @@ MAX_HEADER = 1 << 20
 MAX_SMALL = 1 << 20
 """Largest text file that is read whole, in bytes."""
 
+UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What fsync of a folder says on file systems that know no such thing. Their names are as safe as they ever are; any
+other error means that the disk has failed or is full."""
+
 
 def reason(e: OSError) -> str:
     """The system's words for an error, without number and path."""
@@ -256,7 +260,9 @@ def write_through(path: Path, write: Callable[[IO[bytes]], object], what: str) -
     """Let `write` write a file under `path`, for what is too large to be in memory twice: all of it, or nothing.
 
     Raises:
-        FileError: the disk is full, the directory cannot be written, or the target is no regular file.
+        FileError: the disk is full, the directory cannot be written, or the target is no regular file. If it was the
+            last step that failed, to wait for the disk to have the name, all of it is there, but perhaps not after a
+            power cut.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
@@ -292,12 +298,17 @@ def _write_and_sync(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Wait until the disk has the names in this directory."""
+    """Wait until the disk has the names in this directory, where its file system can (`UNABLE`).
+
+    Raises:
+        OSError: the disk refuses.
+    """
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
-    except OSError:
-        pass  # some file systems cannot; the data itself is safe
+    except OSError as e:
+        if e.errno not in UNABLE:
+            raise
     finally:
         os.close(fd)
 
@@ -306,7 +317,7 @@ def replace_directory(target: Path, contents: Mapping[str, bytes], what: str) ->
     """Put a directory with these files, by relative path, at `target`, in one step where one stood before.
 
     Raises:
-        FileError: the place cannot be written.
+        FileError: the place cannot be written; then what stood there stands there again.
     """
     fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}.new")
     try:
@@ -318,14 +329,22 @@ def replace_directory(target: Path, contents: Mapping[str, bytes], what: str) ->
                 write_and_sync(fresh / name, data)
             for folder in {(fresh / name).parent for name in contents} | {fresh}:
                 sync_directory(folder)
-            if target.exists():
+            there = target.exists()
+            if there:
                 _exchange(fresh, target)
             else:
                 os.rename(fresh, target)
+            try:
+                sync_directory(target.parent)
+            except OSError:
+                if there:
+                    _exchange(fresh, target)
+                else:
+                    os.rename(target, fresh)
+                raise
         finally:
             # After an exchange this is what was there, after a failure the new one; after a plain rename, nothing.
             shutil.rmtree(fresh, ignore_errors=True)
-        sync_directory(target.parent)
     except OSError as e:
         raise FileError(f"{what} must be written to a writable place, but {target} is not: {reason(e)}") from None
 

@@ -107,13 +107,13 @@ def download(urls: Sequence[str], target: Path, size: int, sha256: str, progress
                 )
             os.fsync(f.fileno())
             os.replace(part, target)
+        files.sync_directory(target.parent)
     except FileError:
         raise
     except OSError as e:
         raise FileError(
             f"downloads must be written to a writable place, but {part} is not: {files.reason(e)}"
         ) from None
-    files.sync_directory(target.parent)
 
 
 def _from_any(urls: Sequence[str], f: IO[bytes], size: int, report: Progress) -> None:

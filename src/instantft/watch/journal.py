@@ -308,9 +308,10 @@ class Journal:
         raw, (first, second) = _encoded(new), (self.folder / name for name in JOURNALS)
         try:
             files.write_whole(first, raw, "the journal")
-        except FileError:
+        except FileError as e:
             if _read(first) != new:
                 raise
+            self.notes.append(f"the switch is made, but may not outlive a power cut: {e}")
         self.state = new
         try:
             files.write_whole(second, raw, "the journal's copy")
