@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instantft.acceptance import decide, untrained
+from instantft.acceptance import continues, decide, frozen_wins, succeeds, untrained
 from instantft.adapters import Adapter
 from instantft.engine import forward, get_engine
 from instantft.methods import METHODS
@@ -70,6 +70,46 @@ def test_new_samples_are_asked_of_the_old() -> None:
     fresh = forward(engine, BASE.spec, {**BASE.tensors, **old.tensors}, X[100:]).argmax(axis=1)
     assert found.before == np.mean(np.concatenate([said, fresh]) == Y)
     assert not decide(tuned(y=NOISE), X, old).accepted
+
+
+def test_what_goes_on_from_the_old_need_only_be_better_at_all() -> None:
+    """Where half of the labels are wrong, a few points of gain are within chance; but more of the same teaches. That it
+    is better than the frozen network takes the margin still."""
+    seen = set()
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        noisy = np.where(rng.random(150) < 0.5, rng.integers(0, 3, 150), Y).astype(np.int32)
+        old, new = kept(tuned(X[:30], noisy[:30])), tuned(y=noisy)
+        plain, onward = decide(new, X, old), decide(new, X, old, onward=True)
+        assert onward.gain == plain.gain
+        assert onward.accepted == (plain.accepted or (plain.gain > 0 and new.judge().accepted))
+        seen.add((plain.accepted, onward.accepted))
+    assert seen == {(False, False), (False, True), (True, True)}
+
+
+def test_what_goes_on_from_what() -> None:
+    old, new = kept(tuned(X[:40], Y[:40])), kept(tuned())
+    assert continues(old, X)
+    assert continues(old, X[20:80])
+    assert not continues(old, X[21:80])  # less than half of what it learnt from
+    assert not continues(old, X[:40])  # nothing new
+    assert not continues(untrained(old, {}), X)  # it learnt nothing
+    assert succeeds(new, old)
+    assert not succeeds(old, new)
+    assert not succeeds(new, new)
+
+
+@pytest.mark.parametrize("method", ["auto", "skip2-lora"])
+def test_the_frozen_network_wins_where_the_old_adapter_is_worse_than_nothing(method: str) -> None:
+    own = forward(get_engine("reference"), BASE.spec, BASE.tensors, X).argmax(axis=1).astype(np.int32)
+    other = kept(tuned(y=((own + 1) % 3).astype(np.int32)))
+    x = X[::-1].copy()
+    found = frozen_wins(tuned(x, own[::-1].copy(), method=method), x, other)
+    assert found.after == 1
+    assert found.accepted
+    assert not frozen_wins(tuned(method=method), X, kept(tuned())).accepted
+    known_by_heart = tuned(method="ft-all", epochs=100).adapter
+    assert not frozen_wins(tuned(method=method), X, known_by_heart).accepted
 
 
 def test_groups_and_runs_are_not_compared() -> None:

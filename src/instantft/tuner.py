@@ -517,7 +517,9 @@ class FineTuner:
             raise UsageError("fit must come before predict, score and adapter, but nothing was fitted yet")
         return found
 
-    def judge(self, against: Adapter | None = None, said: NDArray[np.int64] | None = None) -> Decision:
+    def judge(
+        self, against: Adapter | None = None, said: NDArray[np.int64] | None = None, *, frozen: bool = False
+    ) -> Decision:
         """Whether the adapter is better than another, by samples it was not fitted to (`solvers.gate`).
 
         skip-ridge knows what it would say of each of its samples had that been left out with its block; methods that
@@ -530,6 +532,7 @@ class FineTuner:
             against: the other adapter; None: the frozen network.
             said: (T,) what it said of each sample of the last fit when that was left out; `claims.NEW`: it was not
                 fitted to the sample and may be asked; `claims.UNKNOWN`: it was, and cannot. None: all are new to it.
+            frozen: whether the frozen network is judged in place of the adapter, by the same samples.
 
         Raises:
             UsageError: nothing was fitted yet, or no sample is left to judge by.
@@ -539,16 +542,18 @@ class FineTuner:
             raise UsageError(f"said must be one a sample, ({len(samples.x)},), not {list(np.shape(said))}")
         judge = held.judge
         goal = samples.goal.at(judge.rows)
-        if against is None and held.frozen is not None:
-            before = held.frozen
-        else:
-            old = dict(self.base.tensors)
-            if against is not None:
-                against.check_base(self.base)
-                old |= against.tensors
+
+        def says(adapter: Adapter | None) -> Floats:
+            if adapter is None and held.frozen is not None:
+                return held.frozen
+            tensors = dict(self.base.tensors)
+            if adapter is not None:
+                adapter.check_base(self.base)
+                tensors |= adapter.tensors
             x = np.ascontiguousarray(samples.x[judge.rows])
-            before = forward(self._engine(), self.base.spec, old, x, self.threads)
-        after, blocks = held.logits, judge.blocks
+            return forward(self._engine(), self.base.spec, tensors, x, self.threads)
+
+        before, after, blocks = says(against), says(None) if frozen else held.logits, judge.blocks
         if said is not None:
             known = said[judge.rows]
             before = np.where(known[:, None] >= 0, np.eye(goal.C, dtype=np.float32)[known], before)

@@ -7,16 +7,18 @@ before while the live one is on probation, and what the detectors look at.
                 of the world before. Each says which samples are of the new world.
     adaptation  when there is a drift, or somebody asks, and enough labelled samples of the new world are there; again
                 whenever there are twice as many. Classes that the new world has not shown yet come from the old one.
-    gate        `acceptance.decide`, as in `finetune`; and no worse than the live one on trusted samples, which nothing
-                is ever fitted to.
-    probation   the first labelled samples under a new adapter are also asked of the one before; if that is better, by
-                the margin of the gate, it comes back.
+    gate        `acceptance.decide`, as in `finetune`; without its margin where the new adapter was fitted to what the
+                live one was and more of the same world; and no worse than the live one on trusted samples, which
+                nothing is ever fitted to. Where the live one is worse than the frozen network, that comes back.
+    probation   the first labelled samples under a new adapter are also asked of the one before, and of the last one of
+                the world before; if one is better, by the margin of the gate, it comes back.
 
 Samples that cannot be used are counted and skipped. Nothing grows without bound.
 """
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections import Counter, OrderedDict
@@ -29,13 +31,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import lift
-from ..acceptance import decide
+from ..acceptance import continues, decide, frozen_wins, succeeds
 from ..adapters import Adapter
 from ..backbones.builtin import Network
 from ..engine import Engine, Floats
 from ..errors import FileError, InstantFTError, UsageError
 from ..solvers.calibration import softmax
-from ..solvers.gate import SURE, Decision, gate
+from ..solvers.gate import INTERVAL, SURE, Decision, gate
 from ..tuner import FineTuner
 from .detectors import Adwin, Seen, World
 from .journal import FROZEN, Journal, Version
@@ -122,17 +124,19 @@ class _Pending:
 
 @dataclass(frozen=True, eq=False)
 class _Outcome:
-    """What an adaptation found; trusted: how many of the trusted samples old and new get right, of how many;
+    """What an adaptation found; onward: whether it went on from the live adapter; trusted: how many of the trusted
+    samples the live adapter or, if that is more, the frozen network gets right, the new one does, and there are;
     frozen: for the frozen network against the live adapter, where that is one and trusted samples do not object."""
 
     adapter: Adapter
     decision: Decision
+    onward: bool
     trusted: tuple[int, int, int]
     frozen: Decision | None
 
     @property
     def refuted(self) -> bool:
-        """Whether the old adapter gets more of the trusted samples right. Their labels are beyond doubt, so that no
+        """Whether what there is gets more of the trusted samples right. Their labels are beyond doubt, so that no
         margin is needed; with one, a few could never object."""
         old, new, _ = self.trusted
         return old > new
@@ -340,7 +344,7 @@ class Loop:
             for _ in range(len(run) - len(good)):
                 self.skip("not finite", "what the network makes of a sample must be finite, but is NaN or Inf")
             return self._take_samples([run[i] for i in good])
-        rival = None if self._rival is None else lift.from_taps(self._base.spec, self._rival, taps, c).argmax(axis=1)
+        rivals = [lift.from_taps(self._base.spec, t, taps, c).argmax(axis=1) for t in self._rivals.values()]
         predicted, confidence, version = p.argmax(axis=1), p.max(axis=1), self._journal.state.live
         for i, sample in enumerate(run):
             self._number += 1
@@ -351,7 +355,7 @@ class Loop:
             self._look(1 - float(confidence[i]), [tap[i : i + 1] for tap in taps])
             seen = _Pending(self._number, replace(sample, name=name), version, guess)
             if sample.label is not None:
-                self._labelled(seen, sample.label, sample.trusted, None if rival is None else int(rival[i]))
+                self._labelled(seen, sample.label, sample.trusted, [int(said[i]) for said in rivals])
             else:
                 self._pending.pop(name, None)
                 self._pending[name] = seen
@@ -366,8 +370,8 @@ class Loop:
             return self.skip("unknown id", "a label must be of a sample that still waits for one")
         return self._labelled(seen, message.label, message.trusted)
 
-    def _labelled(self, seen: _Pending, label: int, trusted: bool, rival: int | None = None) -> None:
-        """What follows from knowing a sample's label; `rival`: what the version before said of it, if it was asked."""
+    def _labelled(self, seen: _Pending, label: int, trusted: bool, rivals: Sequence[int] | None = None) -> None:
+        """What follows from knowing a sample's label; `rivals`: what those said of it, if they were asked."""
         sample, live = seen.sample, self._journal.state.live
         self.counts["labels"] += 1
         self.counts["right"] += seen.predicted == label
@@ -386,10 +390,10 @@ class Loop:
             since = int(numbers[-min(len(self._errors), len(numbers))])
             self._drifted("errors", max(since, 1))
         self.drift.add(self._score())
-        if self._rival is not None:
-            fresh = rival is None or seen.version != live
-            before = self._predict(self._rival, sample.x) if fresh else rival
-            self._compare(guess == label, before == label, trusted)
+        if self._rivals:
+            if rivals is None or seen.version != live:
+                rivals = [self._predict(tensors, sample.x) for tensors in self._rivals.values()]
+            self._compare(guess == label, [said == label for said in rivals], trusted)
         self._consider()
 
     def _predict(self, tensors: Mapping[str, Floats], x: Floats) -> int:
@@ -491,17 +495,12 @@ class Loop:
             warnings.simplefilter("ignore", UserWarning)  # of few samples and missing classes: events say so
             tuner.fit_prepared(x, y)
         fitted = time.perf_counter()
-        decision = decide(tuner, x, old)
-        adapter = tuner.adapter
-        right = [0, 0]
-        if len(x_trusted):
-            taps, c = self._taps(x_trusted)
-            for k, tensors in enumerate(({} if old is None else old.tensors, adapter.tensors)):
-                said = lift.from_taps(self._base.spec, tensors, taps, c).argmax(axis=1)
-                right[k] = int(np.count_nonzero(said == y_trusted))
-        frozen = None
-        if old is not None and (not len(x_trusted) or self._right(x_trusted, y_trusted, {}).sum() >= right[0]):
-            frozen = gate(self._right(x, y, old.tensors), self._right(x, y, {}))
+        onward = old is not None and old.method == tuner.method_.name and continues(old, x)
+        decision = decide(tuner, x, old, onward)
+        adapter = tuner.adapter  # with what it said of the samples left out
+        models: list[Mapping[str, Floats]] = [{} if old is None else old.tensors, adapter.tensors, {}]
+        before, after, network = (int(self._right(x_trusted, y_trusted, tensors).sum()) for tensors in models)
+        frozen = frozen_wins(tuner, x, old) if old is not None and network >= before else None
         ended = time.perf_counter()
         seconds = {
             "fill": tuner.result_.seconds.fill,
@@ -509,10 +508,13 @@ class Loop:
             "gate": ended - fitted,
             "total": ended - began,
         }
-        return _Outcome(adapter, decision, (right[0], right[1], len(x_trusted)), frozen, seconds, stop(), len(y))
+        trusted = max(before, network), after, len(x_trusted)
+        return _Outcome(adapter, decision, onward, trusted, frozen, seconds, stop(), len(y))
 
     def _right(self, x: Floats, y: NDArray[np.int32], tensors: Mapping[str, Floats]) -> NDArray[np.bool_]:
         """(T,) which samples an adapter gets right; without tensors, the frozen network."""
+        if not len(x):
+            return np.zeros(0, bool)
         return np.asarray(lift.from_taps(self._base.spec, tensors, *self._taps(x)).argmax(axis=1) == y)
 
     def _finish(self, job: Future[_Outcome]) -> None:
@@ -550,7 +552,6 @@ class Loop:
             self._tell("kept", **entry)
             f = found.frozen
             if f is not None and f.accepted and not self._stale:
-                # The world that the network was trained in has come back: nothing can be better than it by much.
                 by = f"{f.after:.1%} against {f.before:.1%} on {f.n} samples"
                 self._roll_back(f"the frozen network is better by {SURE} standard errors: {by}", FROZEN)
             return None
@@ -564,11 +565,16 @@ class Loop:
         by = f"{d.before:.1%} → {d.after:.1%} on {d.n} samples left out, the difference {low} to {high} points (95 %)"
         if self._stale:
             return "the samples or the live version changed while it was fitted"
+        margin = f"by {SURE} standard errors"
+        if found.onward:
+            margin = f"than the live one, from which it goes on, or not {margin} than the frozen network"
         if not d.accepted:
-            return f"the new adapter is not better by {SURE} standard errors: {by}"
+            return f"the new adapter is not better {margin}: {by}"
         if found.refuted:
             return f"trusted samples say that the old one is better: it gets {old} of {n} right, the new one {new}"
-        return f"the new adapter is better by {SURE} standard errors: {by}"
+        if found.onward:
+            margin = "than the live one, from which it goes on with more samples of the same world"
+        return f"the new adapter is better {margin}: {by}"
 
     def _preprocessing(self) -> dict[str, Any]:
         state = self._journal.state
@@ -592,39 +598,71 @@ class Loop:
         state, live = self._journal.state, self._journal.live
         self._tensors: Mapping[str, Floats] = {} if live is None else live.tensors
         self._errors, self._own = Adwin(), 0
-        # Of the frozen network it may be known how it was in its own world, if that is what it was until now.
-        known = self._known if state.live == FROZEN and not state.switches else None
+        known, accuracy, judged = self._of_frozen() if state.live == FROZEN else (None, None, 0)
         self._world = World(known)
-        if known is not None and known.accuracy is not None:
-            self._errors.expect(1 - known.accuracy, min(known.samples, PROMISE))
-        self._rival: Mapping[str, Floats] | None = None
-        self._versus: list[tuple[bool, bool, bool]] = []
+        if accuracy is not None:
+            self._errors.expect(1 - accuracy, min(judged, PROMISE))
+        self._rivals: dict[int, Mapping[str, Floats]] = {}
+        self._versus: list[tuple[bool, ...]] = []
         version = state.versions.get(state.live)
         if version is None:
             return
         if version.judged:
             self._errors.expect(1 - version.after, min(version.judged, PROMISE))
-        try:
-            parent = self._journal.adapter(version.parent)
-            self._rival = {} if parent is None else parent.tensors
-        except FileError:
-            pass  # it is not kept any more: nothing to go back to
+        self._rivals = self._predecessors(version, live)
 
-    def _compare(self, new_right: bool, old_right: bool, trusted: bool) -> None:
-        """The live version against the one before: on all labelled samples, and on the trusted ones by themselves."""
-        self._versus.append((new_right, old_right, trusted))
+    def _predecessors(self, version: Version, live: Adapter | None) -> dict[int, Mapping[str, Floats]]:
+        """By number, what a version can be compared with and go back to: the one before, and, where that learnt from
+        the same world, the last one that did not: if labels are lies, all adapters of this world may be."""
+        found: dict[int, Mapping[str, Floats]] = {}
+        try:
+            while live is not None:
+                parent = self._journal.adapter(version.parent)
+                same = parent is not None and succeeds(live, parent)
+                if not found or not same:
+                    found[version.parent] = {} if parent is None else parent.tensors
+                if not same:
+                    break
+                version, live = self._journal.state.versions[version.parent], parent
+        except (FileError, KeyError):
+            pass  # it is not kept any more: nothing to go back to
+        return found
+
+    def _of_frozen(self) -> tuple[Seen | None, float | None, int]:
+        """What is to be expected of the frozen network: how its world looks, its accuracy, and by how many samples that
+        is known. At first, that it is in the world it was trained in. After a rollback its accuracy is that on the
+        labelled samples of the world as it is now, none of which it was fitted to; and if that is no lower than
+        chance allows, the world is its own again."""
+        known, state, replay = self._known, self._journal.state, self._journal.replay
+        accuracy, samples = (None, 0) if known is None else (known.accuracy, known.samples)
+        if not state.switches:
+            return known, accuracy, samples
+        slots = np.flatnonzero(replay.number >= max(state.since, 1))
+        slots = slots[np.argsort(replay.number[slots])][-PROMISE:]
+        x, slots = replay.rows(slots)
+        if not len(slots):
+            return known, accuracy, samples
+        mean, n = float(self._right(x, replay.label[slots], {}).mean()), len(slots)
+        least = 1.0 if accuracy is None else accuracy - INTERVAL * math.sqrt(accuracy * (1 - accuracy) / n)
+        return known if mean >= least else None, mean, n
+
+    def _compare(self, new_right: bool, old_right: Sequence[bool], trusted: bool) -> None:
+        """The live version against those before: on all labelled samples, and on the trusted ones by themselves."""
+        self._versus.append((trusted, new_right, *old_right))
         if len(self._versus) not in LOOKS:
             return
-        new, old, sure = np.array(self._versus).T
-        found, kind = gate(new, old), "labelled"
-        if not found.accepted and sure.any():
-            asked = gate(new[sure], old[sure])
-            found, kind = (asked, "trusted") if asked.accepted else (found, kind)
-        if found.accepted:
-            by = f"{found.before:.1%} against {found.after:.1%} on the {found.n} {kind} samples since"
-            self._roll_back(f"the version before is better by {SURE} standard errors: {by}")
-        elif len(self._versus) == LOOKS[-1]:
-            self._rival, self._versus = None, []
+        sure, new, *olds = np.array(self._versus).T
+        for number, old in zip(self._rivals, olds, strict=True):
+            found, kind = gate(new, old), "labelled"
+            if not found.accepted and sure.any():
+                asked = gate(new[sure], old[sure])
+                found, kind = (asked, "trusted") if asked.accepted else (found, kind)
+            if found.accepted:
+                by = f"{found.before:.1%} against {found.after:.1%} on the {found.n} {kind} samples since"
+                self._roll_back(f"the version before is better by {SURE} standard errors: {by}", number)
+                return
+        if len(self._versus) == LOOKS[-1]:
+            self._rivals, self._versus = {}, []
             self._tell("confirmed", version=self._journal.state.live, accuracy=found.before, before=found.after)
 
     def _roll_back(self, why: str, to: int | None = None) -> bool:
@@ -635,7 +673,7 @@ class Loop:
         self.counts["switches"] += 1
         self._stale, self._next = True, self._labels
         self._take_live()
-        self._rival = None  # whoever went back does not want to be sent forward
+        self._rivals = {}  # whoever went back does not want to be sent forward
         self._begin(self._number + 1, wanted=False)
         self._tell("rolled back", old=old, version=self._journal.state.live, why=why)
         return True
