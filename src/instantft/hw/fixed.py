@@ -1,0 +1,359 @@
+"""The core's arithmetic in NumPy, to be read beside docs/hardware.md: what the RTL must compute, bit for bit.
+
+Integers are int64 arrays, letters those of the specification. Sums of products go through float64 BLAS, which is exact
+while every partial sum stays below 2^53: `products` asserts that from the formats, not from the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..engine import Tensors
+from ..engine.reference import BN_EPS
+from ..errors import UsageError
+from ..spec import NetSpec, RecordSpec
+from .formats import (
+    EXP_HIGH,
+    EXP_LOW,
+    INVERSE,
+    LEVELS,
+    PARAMETER_FRACTION,
+    PARAMETER_WIDTH,
+    SCALED_WIDTH,
+    STEP_FRACTION,
+    STEP_WIDTH,
+    THRESHOLDS,
+    Formats,
+    Ints,
+    nearest,
+    shift,
+)
+
+__all__ = [
+    "Frozen",
+    "Parameters",
+    "Saturations",
+    "Trace",
+    "decode",
+    "dequantise",
+    "encode",
+    "fold",
+    "forward",
+    "frozen",
+    "parameter",
+    "products",
+    "quantise",
+    "quantise_input",
+    "softmax",
+    "step",
+    "step_size",
+]
+
+Bytes = NDArray[np.uint8]
+
+BLOCK = 16
+"""Codes of a block, and bytes to which scales and segments are padded."""
+
+STEP_ERROR = 0.01
+"""By how much of itself η may be off once it is rounded."""
+
+
+@dataclass
+class Saturations:
+    """How many values were cut off (§8)."""
+
+    activations: int = 0
+    """z, h, y."""
+    gradients: int = 0
+    """v, u."""
+    parameters: int = 0
+    """A, B."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The frozen network, Q4.12, batch norm folded in (§2).
+
+    Attributes:
+        weights: of each layer, (N, M) for fc and (out, in, kh, kw) for conv.
+        biases: of each layer, (out,).
+    """
+
+    weights: tuple[Ints, ...]
+    biases: tuple[Ints, ...]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A general adapter.
+
+    Attributes:
+        A: of each tap, (N_k, R), Q4.12.
+        B: of each tap, (R, C), Q4.12.
+        gain: Q4.12.
+        bias: (C,), an activation.
+    """
+
+    A: tuple[Ints, ...]
+    B: tuple[Ints, ...]
+    gain: int
+    bias: Ints
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a batch of b samples went through on its way.
+
+    Attributes:
+        h: of each tap, (b, R), activations.
+        y: (b, C), activations.
+        p: (b, C), 12 bits of fraction.
+        v: (b, C), scaled gradients.
+        u: of each tap, (b, R), scaled gradients.
+    """
+
+    h: tuple[Ints, ...]
+    y: Ints
+    p: Ints
+    v: Ints
+    u: tuple[Ints, ...]
+
+
+def saturate(v: Ints, width: int) -> tuple[Ints, int]:
+    """sat(v, width), and how many values it changes (§1)."""
+    limit = 1 << (width - 1)
+    kept = np.clip(v, -limit, limit - 1)
+    return kept, int(np.count_nonzero(kept != v))
+
+
+def products(a: Ints, b: Ints, bits: int) -> Ints:
+    """Σ_n a[…, n]·b[n, …], exactly.
+
+    Args:
+        bits: widths of both formats together, so that |a·b| ≤ 2^(bits-2).
+    """
+    assert a.shape[-1] << (bits - 2) < 1 << 53, (a.shape, bits)
+    return np.asarray(a.astype(np.float64) @ b.astype(np.float64)).astype(np.int64)
+
+
+def parameter(x: NDArray[Any], name: str) -> Ints:
+    """x in Q4.12, rounded to the nearest.
+
+    Raises:
+        UsageError: a value does not lie within ±8.
+    """
+    v = nearest(x, PARAMETER_FRACTION)
+    if v.size and not -(1 << (PARAMETER_WIDTH - 1)) <= int(v.min()) <= int(v.max()) < 1 << (PARAMETER_WIDTH - 1):
+        worst = float(np.abs(np.asarray(x, np.float64)).max())
+        raise UsageError(f"{name} must lie within ±8 for the core, which holds Q4.12, but the largest is {worst:.4g}")
+    return v
+
+
+def step_size(lr: float, samples: int) -> int:
+    """η of a batch of so many samples (§1).
+
+    Raises:
+        UsageError: its format does not hold it, or is too coarse for it.
+    """
+    eta = int(nearest(lr / samples, STEP_FRACTION))
+    if not 0 < eta < 1 << STEP_WIDTH or abs(eta / 2**STEP_FRACTION * samples / lr - 1) > STEP_ERROR:
+        low = 0.5 / STEP_ERROR / 2**STEP_FRACTION
+        raise UsageError(
+            f"the learning rate over the samples of a batch must be {low:.2g} to below 1 for the core, "
+            f"not {lr:g}/{samples}"
+        )
+    return eta
+
+
+# -- §2, the frozen network -------------------------------------------------------------------------------------------
+
+
+def fold(net: NetSpec, tensors: Tensors) -> Frozen:
+    """The network's weights and biases as the core holds them.
+
+    Raises:
+        UsageError: one does not lie within ±8 once batch norm is folded in.
+    """
+    weights, biases = [], []
+    for k, layer in enumerate(net.layers):
+        w, b = (np.asarray(tensors[f"layers.{k}.{name}"], np.float64) for name in ("weight", "bias"))
+        if layer.batch_norm:
+            gamma, beta, mean, variance = (
+                np.asarray(tensors[f"layers.{k}.bn.{name}"], np.float64)
+                for name in ("weight", "bias", "running_mean", "running_var")
+            )
+            s = gamma / np.sqrt(variance + BN_EPS)
+            w = w * (s if layer.kind == "fc" else s[:, None, None, None])
+            b = (b - mean) * s + beta
+        folded = " with its batch norm folded in" if layer.batch_norm else ""
+        weights.append(parameter(w, f"weights of layer {k}{folded}"))
+        biases.append(parameter(b, f"biases of layer {k}{folded}"))
+    return Frozen(tuple(weights), tuple(biases))
+
+
+def quantise_input(x: NDArray[Any], formats: Formats) -> Ints:
+    """x^0: of pixels (uint8), or of numbers."""
+    if x.dtype == np.uint8:
+        p = x.astype(np.int64)
+        q = 257 * p + (p >> 7)
+    else:
+        q = saturate(nearest(np.clip(x, -256, 256), 16), 24)[0]
+    return saturate(shift(q, 16 - formats.fraction), formats.width)[0]
+
+
+def frozen(net: NetSpec, network: Frozen, x0: Ints, formats: Formats, seen: Saturations) -> list[Ints]:
+    """x^1 … x^(L-1) and c of samples x0 (T, N), each (T, values)."""
+    out, x = [], x0
+    for layer, g, w, b in zip(net.layers, net.geometry, network.weights, network.biases, strict=True):
+        bits, T = formats.width + PARAMETER_WIDTH, len(x)
+        if layer.kind == "fc":
+            total = products(x, w, bits) + (b << formats.fraction)
+        else:
+            (kh, kw), (ph, pw) = layer.kernel, layer.padding
+            image = np.pad(x.reshape(T, *g.in_shape), ((0, 0), (0, 0), (ph, ph), (pw, pw)))
+            windows = np.lib.stride_tricks.sliding_window_view(image, (kh, kw), axis=(2, 3))  # T, in, h, w, kh, kw
+            rows, columns = (n // layer.pool * layer.pool for n in g.linear_shape[1:])  # those that pooling looks at
+            windows = windows[:, :, :rows, :columns].transpose(0, 2, 3, 1, 4, 5)
+            flat = windows.reshape(T, rows * columns, -1)
+            total = products(flat, w.reshape(len(w), -1).T, bits) + (b << formats.fraction)
+        z, cut = saturate(shift(total, PARAMETER_FRACTION), formats.width)
+        seen.activations += cut
+        if layer.relu:
+            z = np.maximum(z, 0)
+        if layer.kind == "conv":
+            p = layer.pool
+            z = z.reshape(T, rows // p, p, columns // p, p, layer.out).max(axis=(2, 4)).transpose(0, 3, 1, 2)
+        x = z.reshape(T, -1)
+        out.append(x)
+    return out
+
+
+# -- §3, the cache ----------------------------------------------------------------------------------------------------
+
+
+def quantise(v: Ints, formats: Formats) -> tuple[Ints, Ints]:
+    """Scales m (…) and codes (…, n) of groups v (…, n)."""
+    m = np.minimum(np.abs(v).max(axis=-1), (1 << (formats.width - 1)) - 1)
+    codes = np.zeros(v.shape, np.int64)
+    for t in THRESHOLDS.tolist():
+        codes += v > shift(t * m, 16)[..., None]
+    return m, codes
+
+
+def dequantise(m: Ints, codes: Ints, formats: Formats) -> Ints:
+    """Values (…, n) of codes (…, n) under scales m (…)."""
+    return saturate(shift(LEVELS[codes] * m[..., None], 16), formats.width)[0]
+
+
+def encode(record: RecordSpec, values: Sequence[Ints], formats: Formats) -> Bytes:
+    """Cache entries (T, bytes) of records: x^1 … c, each (T, size)."""
+    T = len(values[0])
+    scales, codes = [], []
+    for s, v in zip(record.segments, values, strict=True):
+        m, code = quantise(v.reshape(T, s.groups, -1), formats)
+        scales.append(m)
+        padded = np.pad(code, ((0, 0), (0, 0), (0, -code.shape[-1] % BLOCK))).reshape(T, -1)
+        codes.append(_padded((padded[:, ::2] | padded[:, 1::2] << 4).astype(np.uint8)))
+    words = np.ascontiguousarray(np.concatenate(scales, axis=1), "<u4").view(np.uint8)
+    return np.concatenate([_padded(words), *codes], axis=1)
+
+
+def decode(record: RecordSpec, entries: Bytes, formats: Formats) -> list[Ints]:
+    """x^1 … c, each (T, size), as training sees them."""
+    T, groups = len(entries), sum(s.groups for s in record.segments)
+    m = np.ascontiguousarray(entries[:, : 4 * groups]).view("<u4").astype(np.int64)
+    at, scale, out = -(-4 * groups // BLOCK) * BLOCK, 0, []
+    for s in record.segments:
+        each = s.size // s.groups
+        padded = -(-each // BLOCK) * BLOCK
+        length = s.groups * padded // 2
+        data = entries[:, at : at + length].astype(np.int64)
+        codes = np.stack([data & 15, data >> 4], axis=-1).reshape(T, s.groups, padded)[:, :, :each]
+        out.append(dequantise(m[:, scale : scale + s.groups], codes, formats).reshape(T, s.size))
+        at, scale = at + -(-length // BLOCK) * BLOCK, scale + s.groups
+    return out
+
+
+def _padded(data: Bytes) -> Bytes:
+    return np.pad(data, ((0, 0), (0, -data.shape[1] % BLOCK)))
+
+
+# -- §5, softmax ------------------------------------------------------------------------------------------------------
+
+
+def softmax(y: Ints, formats: Formats) -> Ints:
+    """p (…, C), 12 bits of fraction, of logits y (…, C)."""
+    delta = (y.max(axis=-1, keepdims=True) - y) >> (formats.fraction - 10)
+    near = np.minimum(delta, (16 << 10) - 1)
+    e = np.where(delta >= 16 << 10, 0, (EXP_HIGH[near >> 7] * EXP_LOW[near & 127] + (1 << 15)) >> 16)
+    Z = e.sum(axis=-1, keepdims=True)
+    n = np.frexp(Z.astype(np.float64))[1].astype(np.int64) - 1
+    f = (Z >> (n - 10)) & 1023
+    return np.asarray((e * INVERSE[f] + (1 << (n + 3))) >> (n + 4), np.int64)
+
+
+# -- §4, fine-tuning --------------------------------------------------------------------------------------------------
+
+
+def forward(
+    params: Parameters, taps: Sequence[Ints], c: Ints, formats: Formats, seen: Saturations
+) -> tuple[tuple[Ints, ...], Ints]:
+    """h of each tap (b, R) and y (b, C), from taps x^0 … x^(L-1) (b, N_k) and c (b, C)."""
+    W = formats.width
+    total = params.gain * c + (params.bias << PARAMETER_FRACTION)
+    h = []
+    for x, A, B in zip(taps, params.A, params.B, strict=True):
+        h_k, cut = saturate(shift(products(x, A, W + PARAMETER_WIDTH), PARAMETER_FRACTION), W)
+        seen.activations += cut
+        total = total + products(h_k, B, W + PARAMETER_WIDTH)
+        h.append(h_k)
+    y, cut = saturate(shift(total, PARAMETER_FRACTION), W)
+    seen.activations += cut
+    return tuple(h), y
+
+
+def step(
+    params: Parameters,
+    taps: Sequence[Ints],
+    c: Ints,
+    labels: NDArray[np.integer[Any]],
+    eta: int,
+    formats: Formats,
+    seen: Saturations,
+) -> tuple[Parameters, Trace]:
+    """One batch: new parameters, and what led to them.
+
+    Args:
+        params: those of the batch's start.
+        taps: x^0 … x^(L-1), (b, N_k); all but x^0 as the cache gives them back.
+        c: (b, C), likewise.
+        labels: (b,) classes.
+        eta: η of this batch (`step_size`).
+        seen: saturations are added here.
+    """
+    h, y = forward(params, taps, c, formats, seen)
+    p = softmax(y, formats)
+    g = (np.arange(y.shape[-1]) == labels[:, None]) * (1 << PARAMETER_FRACTION) - p
+    v, cut = saturate(shift(g * eta, 16), SCALED_WIDTH)
+    seen.gradients += cut
+    A, B, u = [], [], []
+    for x, h_k, A_k, B_k in zip(taps, h, params.A, params.B, strict=True):
+        u_k, cut = saturate(shift(products(v, B_k.T, SCALED_WIDTH + PARAMETER_WIDTH), PARAMETER_FRACTION), SCALED_WIDTH)
+        seen.gradients += cut
+        A.append(_updated(A_k, x, u_k, formats, seen))
+        B.append(_updated(B_k, h_k, v, formats, seen))
+        u.append(u_k)
+    return replace(params, A=tuple(A), B=tuple(B)), Trace(h, y, p, v, tuple(u))
+
+
+def _updated(old: Ints, left: Ints, right: Ints, formats: Formats, seen: Saturations) -> Ints:
+    """Parameters (n, m) once Σ_b left[b, n]·right[b, m] is added."""
+    s = formats.update_shift
+    new, cut = saturate(shift((old << s) + products(left.T, right, formats.width + SCALED_WIDTH), s), PARAMETER_WIDTH)
+    seen.parameters += cut
+    return new
