@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from .errors import FileError
 
 __all__ = [
+    "cache_folder",
     "check_directory",
     "check_file",
     "decode_json",
@@ -54,6 +55,12 @@ MAX_SMALL = 1 << 20
 UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 """What fsync of a folder says on file systems that know no such thing. Their names are as safe as they ever are; any
 other error means that the disk has failed or is full."""
+
+
+def cache_folder() -> Path:
+    """Where this program keeps what it can make again: instantft/ in the user's cache folder ($XDG_CACHE_HOME)."""
+    folder = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(folder) if folder else Path.home() / ".cache") / "instantft"
 
 
 def reason(e: OSError) -> str:

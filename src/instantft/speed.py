@@ -225,8 +225,7 @@ def this_machine(engine: str) -> dict[str, str]:
 
 def calibration_file() -> Path:
     """Where the calibration is kept: instantft/calibration.json in the user's cache folder ($XDG_CACHE_HOME)."""
-    folder = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(folder) if folder else Path.home() / ".cache") / "instantft" / "calibration.json"
+    return files.cache_folder() / "calibration.json"
 
 
 def save_calibration(found: Calibration) -> Path:
