@@ -22,6 +22,12 @@ static int32_t bits_of(int32_t id, int nonnegative) {
 /* relu4, relu2: steps after a ReLU, short scales, the output in binary16. */
 static int relu_made(int32_t id) { return id == IFT_RELU4 || id == IFT_RELU2; }
 
+/* To a multiple of 16, as nf4-hw pads codes of a group, bytes of a segment and bytes of all scales. */
+static int32_t padded(int32_t n) { return (n + 15) & ~15; }
+
+/* Codes that a group of n takes. */
+static int32_t group_codes(int32_t id, int32_t n) { return IFT_FIXED && id == IFT_NF4_HW ? padded(n) : n; }
+
 /* Runs of segment k for this codec; written to `runs` unless NULL. `value` and `code` count what came before. */
 static int64_t segment_runs(const ift_plan *p, int32_t id, int k, int32_t value, int32_t code, int32_t scale,
                             ift_run *runs) {
@@ -40,7 +46,7 @@ static int64_t segment_runs(const ift_plan *p, int32_t id, int k, int32_t value,
     }
     for (int g = 0; g < groups; g++) {
         int32_t m = n / groups;
-        if (runs) runs[count] = (ift_run){(int32_t)at + g * m, m, scale + g, code + g * m, levels};
+        if (runs) runs[count] = (ift_run){(int32_t)at + g * m, m, scale + g, code + g * group_codes(id, m), levels};
         count++;
     }
     return count;
@@ -100,9 +106,10 @@ static int32_t make_blocks(ift_codec *c, ift_block *blocks) {
     return count;
 }
 
-/* Codes of another segment, from the next byte on; returns the index of the first one. */
+/* Codes of another segment, from the next byte on (nf4-hw: the next 16 bytes); returns the index of the first one. */
 static int32_t add_codes(ift_codec *c, int32_t bits, int32_t n, int32_t *bytes) {
     int32_t first = *bytes * 8 / bits, whole = (n * bits + 7) / 8;
+    if (IFT_FIXED && c->fixed) whole = padded(whole);
     ift_span *last = c->spans + c->spans_n - 1;
     if (!c->spans_n || last->bits != bits) {
         last = c->spans + c->spans_n++;
@@ -114,10 +121,10 @@ static int32_t add_codes(ift_codec *c, int32_t bits, int32_t n, int32_t *bytes) 
 }
 
 int ift_codec_init(ift_codec *c, const ift_plan *p, int32_t id, void *memory) {
-    if (id < 0 || id >= IFT_CODECS) return IFT_BAD_ARGUMENT;
+    if (id < 0 || id >= IFT_CODECS || (!IFT_FIXED && id == IFT_NF4_HW)) return IFT_BAD_ARGUMENT;
     ift_run *runs = memory;
     *c = (ift_codec){.id = id, .runs = runs, .half_at = -1, .half_first = p->L + 1, .short_scales = relu_made(id),
-                     .empty = id == IFT_NF4_BLOCK64 ? 7 : 0};
+                     .empty = id == IFT_NF4_BLOCK64 ? 7 : 0, .fixed = id == IFT_NF4_HW};
     if (id == IFT_FP32) {
         c->bytes = c->stride = p->row_width * 4;
         return IFT_OK;
@@ -130,7 +137,8 @@ int ift_codec_init(ift_codec *c, const ift_plan *p, int32_t id, void *memory) {
             if (c->half_first > k) c->half_first = k;
             halves += n;
         } else {
-            int32_t code = id == IFT_NF4_BLOCK64 ? 0 : add_codes(c, bits_of(id, nonnegative), n, &bytes);
+            int32_t codes = groups * group_codes(id, n / groups);
+            int32_t code = id == IFT_NF4_BLOCK64 ? 0 : add_codes(c, bits_of(id, nonnegative), codes, &bytes);
             c->runs_n += (int32_t)segment_runs(p, id, k, values, code, c->scales_n, runs + c->runs_n);
             c->scales_n += groups;
             if (c->spans_n) c->spans[c->spans_n - 1].runs_to = c->runs_n;
@@ -143,12 +151,13 @@ int ift_codec_init(ift_codec *c, const ift_plan *p, int32_t id, void *memory) {
         c->spans[0].runs_to = c->runs_n;
     }
     c->codes_at = (int64_t)c->scales_n * (c->short_scales ? 2 : 4);
+    if (IFT_FIXED && c->fixed) c->codes_at = padded((int32_t)c->codes_at);
     int64_t end = c->codes_at + bytes;
     if (halves) c->half_at = end, end += 2 * (int64_t)halves;
     c->bytes = end;
     ift_block *blocks = (ift_block *)(void *)(runs + runs_of(p, id));
     c->blocks = blocks;
-    if (IFT_BLOCKS && id != IFT_INT8) c->blocks_n = make_blocks(c, blocks);
+    if (IFT_BLOCKS && id != IFT_INT8 && !c->fixed) c->blocks_n = make_blocks(c, blocks);
     c->stride = (end + 7) / 8 * 8;
     return IFT_OK;
 }

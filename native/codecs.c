@@ -1,5 +1,5 @@
-/* The codecs: fp32, fp16, int8, and those of 4 and 2 bits (nf4, nf4-block64, relu4, relu2), all told by runs of values
- * that share a scale. cache/codecs.py is the readable twin; vectors/ holds both to the same bytes.
+/* The codecs: fp32, fp16, int8, and those of 4 and 2 bits (nf4, nf4-block64, nf4-hw, relu4, relu2), all told by runs of
+ * values that share a scale. cache/codecs.py is the readable twin; vectors/ holds both to the same bytes.
  */
 #include "codecs.h"
 
@@ -12,6 +12,12 @@ static const float nf4_levels[16] = {
     -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+/* The same in 16 bits of fraction, and the thresholds between them (nf4-hw, docs/hardware.md §3). */
+static const int32_t nf4_levels16[16] = {-65536, -45626, -34411, -25881, -18641, -12109, -5967, 0,
+                                         5215, 10547, 16129, 22146, 28882, 36872, 47380, 65536};
+static const int32_t nf4_thresholds16[16] = {-55581, -40018, -30146, -22261, -15375, -9038, -2984, 2608,
+                                             7881, 13338, 19137, 25514, 32877, 42126, 56458, 0};
 
 static uint32_t bits_of(float f) {
     uint32_t u;
@@ -107,16 +113,44 @@ static void encode_steps(const float *x, int n, float inv, float top, uint8_t *c
     }
 }
 
-/* How many of the 15 thresholds between levels lie below x·inv. */
-static void encode_nf4(const float *x, int n, float inv, uint8_t *code) {
-    float t[16];
-    for (int j = 0; j < 15; j++) t[j] = (float)(((double)nf4_levels[j] + (double)nf4_levels[j + 1]) / 2);
-    t[15] = INFINITY;
+/* floor(x·2^16 + 1/2) in 24 bits, and the same for a vector. Every step is exact. */
+INLINE float fixed_of(float x) {
+    float y = x * 65536.0f;
+    y = y < 8388607.0f ? y : 8388607.0f;
+    y = y > -8388608.0f ? y : -8388608.0f;
+    float whole = (float)(int32_t)y, rest = y - whole;
+    return whole + (float)(rest >= 0.5f) - (float)(rest < -0.5f);
+}
+#if IFT_VL > 1
+INLINE vf fixed_of_all(vf x) {
+    vf y = vset(0) - vmax(vset(0) - x * vset(65536.0f), vset(-8388607.0f));
+    y = vmax(y, vset(-8388608.0f));
+    vf whole = __builtin_convertvector(__builtin_convertvector(y, vi), vf), rest = y - whole;
+    return whole - __builtin_convertvector((rest >= vset(0.5f)) - (rest < vset(-0.5f)), vf);
+}
+#endif
+
+/* out[i] = floor((t[i]·m + 2^15) / 2^16)·unit for i < 16 and 0 ≤ m < 2^23, in 32 bits: m is 2^12·high + low. */
+INLINE void times_scale(const int32_t *t, int32_t m, float unit, float *out) {
+    for (int i = 0; i < 16; i += IFT_VL) {
+        vi l;
+        memcpy(&l, t + i, sizeof l);
+        l = (l * (m >> 12) + ((l * (m & 4095) + 32768) >> 12)) >> 4;
+#if IFT_VL == 1
+        out[i] = (float)l * unit;
+#else
+        vstore(out + i, __builtin_convertvector(l, vf) * vset(unit));
+#endif
+    }
+}
+
+/* How many of the 15 thresholds t, which t[15] = INFINITY ends, lie below x·inv; or below x as an integer. */
+INLINE void encode_table(const float *t, const float *x, int n, float inv, int fixed, uint8_t *code) {
     int i = 0;
 #if IFT_VL == 16
     const __m512 table = _mm512_loadu_ps(t);
     EACH_VECTOR { /* binary search, four looks into the table */
-        __m512 v = (__m512)(vload(x + i) * vset(inv));
+        __m512 v = (__m512)(fixed ? fixed_of_all(vload(x + i)) : vload(x + i) * vset(inv));
         __m512i c = _mm512_setzero_si512();
         UNROLL for (int step = 8; step; step /= 2) {
             __m512i probe = _mm512_add_epi32(c, _mm512_set1_epi32(step - 1));
@@ -127,18 +161,25 @@ static void encode_nf4(const float *x, int n, float inv, uint8_t *code) {
     }
 #elif IFT_VL > 1
     EACH_VECTOR {
-        vf v = vload(x + i) * vset(inv);
+        vf v = fixed ? fixed_of_all(vload(x + i)) : vload(x + i) * vset(inv);
         vi c = (vi){0};
         UNROLL for (int j = 0; j < 15; j++) c -= v > vset(t[j]);
         store_codes(code + i, c);
     }
 #endif
     for (; i < n; i++) {
-        float v = x[i] * inv;
+        float v = fixed ? fixed_of(x[i]) : x[i] * inv;
         int32_t c = 0;
         for (int j = 0; j < 15; j++) c += v > t[j];
         code[i] = (uint8_t)c;
     }
+}
+
+static void encode_nf4(const float *x, int n, float inv, uint8_t *code) {
+    float t[16];
+    for (int j = 0; j < 15; j++) t[j] = (float)(((double)nf4_levels[j] + (double)nf4_levels[j + 1]) / 2);
+    t[15] = INFINITY;
+    encode_table(t, x, n, inv, 0, code);
 }
 
 static void encode_int8(const float *x, int n, float inv, int8_t *code) {
@@ -203,9 +244,30 @@ static void pack_fours(const uint8_t *restrict codes, int n, uint8_t *restrict o
     }
 }
 
+/* nf4-hw. Of a group the largest |v| comes from the largest x or from the smallest, for rounding keeps their order. */
+static void encode_fixed(const ift_codec *c, const float *row, uint8_t *out, uint8_t *scratch) {
+    memset(out, 0, (size_t)c->stride);
+    for (const ift_run *u = c->runs; u < c->runs + c->runs_n; u++) {
+        const float *x = row + u->at;
+        float high = fixed_of(peak(x, u->n, 1)), low = -fixed_of(-peak(x, u->n, 0)), t[16];
+        float top = high > low ? high : low;
+        int32_t m = (int32_t)(top < 8388607.0f ? top : 8388607.0f);
+        memcpy(out + 4 * u->scale, &m, 4);
+        times_scale(nf4_thresholds16, m, 1.0f, t);
+        t[15] = INFINITY;
+        scratch[u->n] = 0;
+        encode_table(t, x, u->n, 0, 1, scratch);
+        pack_pairs(scratch, (u->n + 1) / 2, out + c->codes_at + u->code / 2);
+    }
+}
+
 void codec_encode(const ift_plan *p, const ift_codec *c, const float *row, uint8_t *out, uint8_t *scratch) {
     if (c->id == IFT_FP32) {
         memcpy(out, row, (size_t)p->row_width * sizeof *row);
+        return;
+    }
+    if (IFT_FIXED && c->fixed) {
+        encode_fixed(c, row, out, scratch);
         return;
     }
     for (int64_t i = c->bytes; i < c->stride; i++) out[i] = 0;
@@ -245,18 +307,32 @@ void codec_encode(const ift_plan *p, const ift_codec *c, const float *row, uint8
     }
 }
 
-/* Codes u->code + i … of a run, one by one. */
-INLINE void decode_rest(const ift_run *u, const uint8_t *codes, int bits, float scale, float *out, int i) {
+/* Codes u->code + i … of a run, one by one. levels: 16 of them; NULL: a code is its own level. */
+INLINE void decode_rest(const ift_run *u, const uint8_t *codes, int bits, const float *levels, float scale, float *out,
+                        int i) {
     for (int at = (u->code + i) * bits; i < u->n; i++, at += bits) {
         int code = codes[at >> 3] >> (at & 7) & ((1 << bits) - 1);
-        out[i] = (u->levels ? nf4_levels[code] : (float)code) * scale;
+        out[i] = (levels ? levels[code] : (float)code) * scale;
     }
 }
 
 #if IFT_VL == 16
 static void decode_run(const ift_run *u, const uint8_t *codes, int bits, float scale, float *out, int room) {
     (void)room;
-    decode_rest(u, codes, bits, scale, out, 0);
+    decode_rest(u, codes, bits, u->levels ? nf4_levels : NULL, scale, out, 0);
+}
+
+/* Codes of a run of nf4-hw to the values they stand for, 16 to a block of 8 bytes. */
+INLINE void decode_values(const ift_run *u, const uint8_t *codes, const float *values, float *out, int room) {
+    (void)room;
+    const __m512 table = _mm512_loadu_ps(values);
+    codes += u->code / 2;
+    for (int i = 0; i < u->n; i += 16, codes += 8) {
+        __m512i pair = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(const void *)codes));
+        pair = _mm512_or_si512(pair, _mm512_slli_epi64(pair, 28)); /* the permute sees the low four bits of a lane */
+        __mmask16 here = (__mmask16)(u->n - i < 16 ? (1u << (u->n - i)) - 1 : 0xffffu);
+        _mm512_mask_storeu_ps(out + i, here, _mm512_permutexvar_ps(pair, table));
+    }
 }
 
 /* What values 16·half … of a block are multiplied by; few straddle two groups where groups are large. */
@@ -312,7 +388,8 @@ static void decode_blocks(const ift_codec *c, const uint8_t *codes, const float 
 /* Whole vectors of a run; what they write past it is put right by the next one, or by the gap's zeros. Returns how many
  * values that was. room: floats from out to the end of the row. */
 #if IFT_VL > 1
-INLINE int decode_vectors(const ift_run *u, const uint8_t *codes, int bits, float scale, float *out, int room) {
+INLINE int decode_vectors(const ift_run *u, const uint8_t *codes, int bits, const float *levels, float scale, float *out,
+                          int room) {
     const uint8_t *p = codes + (u->code * bits >> 3);
     const int first = u->code * bits & 7;
     int i = 0;
@@ -327,15 +404,15 @@ INLINE int decode_vectors(const ift_run *u, const uint8_t *codes, int bits, floa
         memcpy(&w, p, 8);
         vi index = (vi)((((vwords){0} + (uint32_t)(w >> first)) >> shift) & mask);
         vf v;
-        if (!u->levels) {
+        if (!levels) {
             v = __builtin_convertvector(index, vf);
         } else {
 #if IFT_VL == 8
-            __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(nf4_levels), (__m256i)index);
-            __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(nf4_levels + 8), (__m256i)index);
+            __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(levels), (__m256i)index);
+            __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(levels + 8), (__m256i)index);
             v = (vf)_mm256_blendv_ps(low, high, (__m256)(index << 28));
 #else
-            v = (vf){nf4_levels[index[0]], nf4_levels[index[1]], nf4_levels[index[2]], nf4_levels[index[3]]};
+            v = (vf){levels[index[0]], levels[index[1]], levels[index[2]], levels[index[3]]};
 #endif
         }
         vstore(out + i, v * vset(scale));
@@ -343,14 +420,25 @@ INLINE int decode_vectors(const ift_run *u, const uint8_t *codes, int bits, floa
     return i;
 }
 #endif
-static void decode_run(const ift_run *u, const uint8_t *codes, int bits, float scale, float *out, int room) {
-#if IFT_VL > 1
-    int i = bits == 4 ? decode_vectors(u, codes, 4, scale, out, room) : decode_vectors(u, codes, 2, scale, out, room);
-#else
+/* Vectors want to know bits, and whether there are levels, when they are compiled. */
+INLINE void decode_levels(const ift_run *u, const uint8_t *codes, int bits, const float *levels, float scale, float *out,
+                          int room) {
     int i = 0;
+#if IFT_VL > 1
+    i = decode_vectors(u, codes, bits, levels, scale, out, room);
+#else
     (void)room;
 #endif
-    decode_rest(u, codes, bits, scale, out, i);
+    decode_rest(u, codes, bits, levels, scale, out, i);
+}
+static void decode_run(const ift_run *u, const uint8_t *codes, int bits, float scale, float *out, int room) {
+    if (IFT_VL == 1) decode_levels(u, codes, bits, u->levels ? nf4_levels : NULL, scale, out, room);
+    else if (bits == 2) decode_levels(u, codes, 2, NULL, scale, out, room);
+    else if (u->levels) decode_levels(u, codes, 4, nf4_levels, scale, out, room);
+    else decode_levels(u, codes, 4, NULL, scale, out, room);
+}
+INLINE void decode_values(const ift_run *u, const uint8_t *codes, const float *values, float *out, int room) {
+    decode_levels(u, codes, 4, values, 1.0f, out, room);
 }
 #endif
 
@@ -390,29 +478,46 @@ INLINE float scale_at(const ift_codec *c, const uint8_t *in, int i) {
     return float_of((uint32_t)half << 16);
 }
 
+/* Codes of 8, 4 and 2 bits times their scales. */
+static void decode_scaled(const ift_codec *c, const uint8_t *in, float *row, int width) {
+    const uint8_t *codes = in + c->codes_at;
+#if IFT_VL == 16
+    if (c->blocks_n) {
+        float scales[IFT_BLOCK_SCALES];
+        for (int i = 0; i < c->scales_n; i++) scales[i] = scale_at(c, in, i);
+        decode_blocks(c, codes, scales, row);
+        return;
+    }
+#endif
+    for (int s = 0, r = 0; s < c->spans_n; s++)
+        for (; r < c->spans[s].runs_to; r++) {
+            const ift_run *u = &c->runs[r];
+            float scale = scale_at(c, in, u->scale), *out = row + u->at;
+            int bits = c->spans[s].bits, room = width - u->at;
+            if (bits == 8) decode_int8((const int8_t *)codes + u->code, u->n, scale, out, room);
+            else decode_run(u, codes, bits, scale, out, room);
+        }
+}
+
+/* nf4-hw: 16 values a group, which its codes then only choose from. What a damaged scale has beyond 23 bits is not
+ * looked at. */
+static void decode_fixed(const ift_codec *c, const uint8_t *in, float *row, int width) {
+    for (const ift_run *u = c->runs; u < c->runs + c->runs_n; u++) {
+        int32_t m;
+        float values[16];
+        memcpy(&m, in + 4 * u->scale, 4);
+        times_scale(nf4_levels16, m & 0x7fffff, 0x1p-16f, values);
+        decode_values(u, in + c->codes_at, values, row + u->at, width - u->at);
+    }
+}
+
 void codec_decode(const ift_plan *p, const ift_codec *c, const uint8_t *in, float *row) {
     if (c->id == IFT_FP32) {
         memcpy(row, in, (size_t)p->row_width * sizeof *row);
         return;
     }
-    const uint8_t *codes = in + c->codes_at;
-    int blocks_n = 0;
-#if IFT_VL == 16
-    blocks_n = c->blocks_n;
-    if (blocks_n) {
-        float scales[IFT_BLOCK_SCALES];
-        for (int i = 0; i < c->scales_n; i++) scales[i] = scale_at(c, in, i);
-        decode_blocks(c, codes, scales, row);
-    }
-#endif
-    for (int s = 0, r = 0; s < c->spans_n && !blocks_n; s++)
-        for (; r < c->spans[s].runs_to; r++) {
-            const ift_run *u = &c->runs[r];
-            float scale = scale_at(c, in, u->scale), *out = row + u->at;
-            int bits = c->spans[s].bits, room = (int)p->row_width - u->at;
-            if (bits == 8) decode_int8((const int8_t *)codes + u->code, u->n, scale, out, room);
-            else decode_run(u, codes, bits, scale, out, room);
-        }
+    if (IFT_FIXED && c->fixed) decode_fixed(c, in, row, (int)p->row_width);
+    else decode_scaled(c, in, row, (int)p->row_width);
     if (c->half_at >= 0) decode_halves(p, c, in, row);
     for (int k = 1; k <= p->L; k++) {
         int n;

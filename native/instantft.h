@@ -97,7 +97,7 @@ int ift_plan_init(ift_plan *plan, const ift_layer_desc *layers, int32_t L, const
                   int32_t batch);
 
 /* Codecs: how a record row is written into bytes. */
-enum ift_codec_id { IFT_FP32, IFT_FP16, IFT_INT8, IFT_NF4, IFT_NF4_BLOCK64, IFT_RELU4, IFT_RELU2, IFT_CODECS };
+enum ift_codec_id { IFT_FP32, IFT_FP16, IFT_INT8, IFT_NF4, IFT_NF4_BLOCK64, IFT_RELU4, IFT_RELU2, IFT_NF4_HW, IFT_CODECS };
 
 /* Values that lie together in a row and share a scale; consecutive runs may share one. */
 typedef struct ift_run {
@@ -129,6 +129,7 @@ typedef struct ift_block {
 typedef struct ift_codec {
     int32_t id, spans_n, runs_n, blocks_n, scales_n;
     int32_t short_scales, empty; /* 1: scales are bfloat16; code of level 0 */
+    int32_t fixed;               /* 1: scales are integers, groups and segments padded (nf4-hw) */
     int64_t bytes, stride, codes_at, half_at; /* bytes; half_at: where fp16 values start */
     int32_t half_first;                       /* first segment written as fp16; past L: none */
     ift_span spans[IFT_MAX_LAYERS];

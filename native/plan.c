@@ -97,8 +97,11 @@ static void frozen_workspace(ift_plan *p, int64_t *at) {
     int64_t chunk = p->batch > IFT_CHUNK ? p->batch : IFT_CHUNK;
     p->ws_rows = take_floats(at, chunk * p->row_width + IFT_PAD);
     p->ws_decoded = take_floats(at, p->batch * p->row_width + IFT_PAD);
-    /* an encoded record (at most a byte of codes and a scale a value) with slack for wide reads; its unpacked codes */
-    p->ws_bytes = take_floats(at, 5 * p->row_width / 4 + 64);
+    /* an encoded record with slack for wide reads: at most a byte of codes and a scale a value, and nf4-hw's padding,
+     * which is below 8 bytes a group and 16 a segment; its unpacked codes */
+    int64_t padding = 0;
+    for (int k = 0; k < p->L; k++) padding += 2 * (p->layer[k].d.kind == IFT_CONV ? p->layer[k].d.out : 1) + 4;
+    p->ws_bytes = take_floats(at, 5 * p->row_width / 4 + padding + 64);
     p->ws_codes = take_floats(at, p->row_width / 2 + 64);
     /* a chunk's inputs, records and numbers, 8 bytes each, and labels; then the pointers of a batch and of the next */
     p->ws_chunk = take_floats(at, 7 * chunk + 2 * IFT_PAD);

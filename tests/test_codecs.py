@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import runpy
 import struct
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from instantft.cache.codecs import CODECS, NF4_LEVELS, NF4_THRESHOLDS, codec, nf4_levels
+from instantft.cache.codecs import (
+    CODECS,
+    NF4_LEVELS,
+    NF4_THRESHOLDS,
+    codec,
+    fixed_codes,
+    fixed_values,
+    nf4_levels,
+)
 from instantft.errors import UsageError
 from instantft.spec import NetSpec, RecordSpec, lenet5
 
@@ -87,6 +97,23 @@ def slow_group(v: list[f32], grid: str, bfloat16: bool) -> tuple[bytes, list[int
     return raw, codes
 
 
+def slow_fixed_group(v: list[f32]) -> tuple[bytes, list[int]]:
+    """The same in the integers of docs/hardware.md §3, with fractions."""
+
+    def rounded(x: Fraction) -> int:
+        return math.floor(x + Fraction(1, 2))
+
+    q = [min(max(rounded(Fraction(float(x)) * 2**16), -(2**23)), 2**23 - 1) for x in v]
+    m = min(max(abs(x) for x in q), 2**23 - 1)
+    t = [rounded(Fraction(float(t)) * 2**16) for t in NF4_THRESHOLDS]
+    return struct.pack("<I", m), [sum(x > rounded(Fraction(j * m, 2**16)) for j in t) for x in q]
+
+
+def slow_fixed_value(m: int, code: int) -> Fraction:
+    level = math.floor(Fraction(float(NF4_LEVELS[code])) * 2**16 + Fraction(1, 2))
+    return Fraction(math.floor(Fraction(level * m, 2**16) + Fraction(1, 2)), 2**16)
+
+
 def packed(codes: list[int], bits: int) -> bytes:
     """One number whose lowest bits are the first code, lowest byte first."""
     number = sum(int(code) << (bits * i) for i, code in enumerate(codes))
@@ -111,6 +138,15 @@ def slow_encode(name: str, row: np.ndarray, record: RecordSpec) -> bytes:
             scales += scale
             codes += packed(block + [7] * (64 - len(block)), 4)
         return scales + codes
+    if name == "nf4-hw":
+        for s, v in segments:
+            n = s.size // s.groups
+            for g in range(s.groups):
+                scale, group = slow_fixed_group(v[g * n : g * n + n])
+                scales += scale
+                codes += packed(group + [0] * (-n % 16), 4)
+            codes += bytes(-len(codes) % 16)
+        return scales + bytes(-len(scales) % 16) + codes
     for s, v in segments:
         if name in RELU_MADE and s.name == "c":
             tail = halves(v)
@@ -252,6 +288,8 @@ def test_error_is_bounded(name: str, values: np.ndarray) -> None:
     flat = np.concatenate([rows[:, s.offset : s.offset + s.size] for s in SMALL.segments], axis=1)
     for s in SMALL.segments:
         v = rows[:, s.offset : s.offset + s.size].astype(np.float64)
+        if name == "nf4-hw":
+            v = np.clip(v, -128, 128 - 2.0**-16)
         e = np.abs(back[:, s.offset : s.offset + s.size] - v)
         if name == "fp32":
             bound = np.zeros_like(v)
@@ -270,15 +308,17 @@ def test_error_is_bounded(name: str, values: np.ndarray) -> None:
             if name in RELU_MADE and s.nonnegative:
                 half = 0.5 / RELU_MADE[name]
             bound = m * half * (1 + 2.0**-7 + 1e-5)
+        if name == "nf4-hw":
+            bound += 2 * 2.0**-16  # v, its threshold, its level and its value are all rounded: half a unit each
         assert (e <= bound + 1e-29).all(), s.name
         start += s.size
 
 
-@pytest.mark.parametrize("name", [n for n in CODECS if n != "int8"])
+@pytest.mark.parametrize("name", [n for n in CODECS if n not in ("int8", "nf4-hw")])
 @settings(max_examples=25, deadline=None)
 @given(values=hnp.arrays(np.float32, (1, SMALL.size), elements=magnitudes.filter(lambda x: x == 0 or abs(x) > 1e-20)))
 def test_writing_again_changes_nothing(name: str, values: np.ndarray) -> None:
-    """What was read is written as the same bytes. (int8 has a scale that two roundings can move.)"""
+    """What was read is written as the same bytes. (int8 has a scale that two roundings can move; nf4-hw is below.)"""
     c = codec(name)
     once = c.encode(rows_of(SMALL, values), SMALL)
     np.testing.assert_array_equal(c.encode(c.decode(once, SMALL), SMALL), once)
@@ -295,6 +335,7 @@ def test_fp32_is_exact() -> None:
 
 def test_bytes_of_lenet5() -> None:
     """InstantFT's 995 B; the poster's 1,012 B with its 4-byte flag; our own at no more."""
+    assert codec("nf4-hw").nbytes(LENET) == codec("nf4-hw").stride(LENET) == 70 * 16
     sizes = {name: c.bytes_per_sample(LENET) for name, c in CODECS.items()}
     assert sizes == {
         "fp32": 7160,
@@ -302,6 +343,7 @@ def test_bytes_of_lenet5() -> None:
         "int8": 1890,
         "nf4": 995,
         "nf4-block64": 1008,
+        "nf4-hw": 995,
         "relu4": 958,
         "relu2": 513,
     }
@@ -376,8 +418,53 @@ def test_relu2_is_near_the_best_four_values() -> None:
     assert ((back - rows) ** 2).sum() < 1.6 * ((v - best[nearest]) ** 2).sum()
 
 
+def test_nf4_hw_is_nf4_where_the_integers_are_fine() -> None:
+    """At the size of activations it loses what NF4 loses, and nothing to speak of beside."""
+    rows = rows_of(LENET, np.random.default_rng(0).normal(size=(20, LENET.size)))
+
+    def error(name: str) -> float:
+        back = codec(name).decode(codec(name).encode(rows, LENET), LENET)
+        return float(((back - rows) ** 2).sum() / (rows**2).sum())
+
+    assert error("nf4-hw") == pytest.approx(error("nf4"), rel=1e-3)
+
+
+@pytest.mark.parametrize("m", [0, 1, 2, 3, 77, 2**16, 2**22 + 1, 2**23 - 1])
+def test_nf4_hw_reads_what_the_rules_say(m: int) -> None:
+    record = NetSpec.from_json(DESCRIPTION["layouts"]["dnn"]["net"]).record
+    data = np.zeros((1, codec("nf4-hw").stride(record)), np.uint8)
+    data[0, :4] = list(m.to_bytes(4, "little"))
+    data[0, 16:24] = [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]
+    got = codec("nf4-hw").decode(data, record)[0, :16]
+    assert [Fraction(float(x)) for x in got] == [slow_fixed_value(m, code) for code in range(16)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=hnp.arrays(np.uint8, (2, codec("nf4-hw").stride(SMALL))))
+def test_nf4_hw_reads_anything(data: np.ndarray) -> None:
+    """Of a damaged entry every value is within its scale; bits beyond the scale's 23 and the padding do not count."""
+    c = codec("nf4-hw")
+    got = c.decode(data, SMALL)
+    assert (np.abs(got) < 128).all()
+    clean = data.copy()
+    words = sum(s.groups for s in SMALL.segments)
+    clean[:, : 4 * words] = (data[:, : 4 * words].copy().view("<u4") & 0x7FFFFF).view(np.uint8)
+    clean[:, 4 * words : -(-4 * words // 16) * 16] = 0
+    np.testing.assert_array_equal(c.decode(clean, SMALL), got)
+
+
+def test_nf4_hw_written_again() -> None:
+    """What was read is written as the same bytes from a scale of 22 units on: levels and thresholds stay apart then."""
+    m = np.concatenate([np.arange(21, 5000), np.arange(5000, 2**23, 997), [2**23 - 1]])
+    codes = np.broadcast_to(np.arange(16), (len(m), 16))
+    again, found = fixed_codes(fixed_values(m, codes))
+    same = (again == m) & (found == codes).all(axis=1)
+    assert same[1:].all()
+    assert not same[0]
+
+
 def test_unknown_codec() -> None:
     with pytest.raises(
-        UsageError, match=r"^codec must be one of fp32, fp16, int8, nf4, nf4-block64, relu4, relu2, not 'zip'$"
+        UsageError, match=r"^codec must be one of fp32, fp16, int8, nf4, nf4-block64, nf4-hw, relu4, relu2, not 'zip'$"
     ):
         codec("zip")

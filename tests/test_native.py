@@ -44,7 +44,7 @@ def test_every_codec_is_known() -> None:
 
 
 @pytest.mark.parametrize("name", CODECS)
-@pytest.mark.parametrize("layout", ["small", "dnn", "lenet5"])
+@pytest.mark.parametrize("layout", ["small", "points", "dnn", "lenet5"])
 def test_vectors(native: NativeEngine, layout: str, name: str) -> None:
     """Byte for byte what vectors/ holds, both ways, on every instruction set."""
     described = json.loads((VECTORS / "codecs.json").read_text())["layouts"][layout]
@@ -102,6 +102,28 @@ def test_codecs_on_every_layout(native: NativeEngine, layout: str, name: str) ->
         core.decode(plan, out, got)
         np.testing.assert_array_equal(got[: record.width], back)
         assert np.isnan(got[record.width :]).all()
+
+
+@pytest.mark.parametrize("layout", WIDTHS)
+def test_nf4_hw_takes_any_values_and_any_bytes(native: NativeEngine, layout: str) -> None:
+    """Values on both sides of the limits and between two integers, entries that are noise: as cache/codecs.py does."""
+    spec, c = WIDTHS[layout], CODECS["nf4-hw"]
+    record, rng = spec.record, np.random.default_rng(7)
+    core, plan = native._core, _Buffers(native._core, spec, {}, [0] * spec.L, 0, 1, "nf4-hw").plan
+    scale = 2.0 ** rng.integers(-40, 40, (60, record.width))
+    rows = (rng.normal(size=scale.shape) * np.where(rng.random((60, 1)) < 0.3, 2.0**-16, scale)).astype(np.float32)
+    rows[:10] = np.round(rows[:10] * 2.0**17) * np.float32(2.0**-17)  # ties
+    rows[10], rows[11] = np.inf, -np.inf
+    expected = c.encode(rows, record)
+    scratch, got = np.zeros(2 * record.width + 64, np.uint8), np.zeros(record.width + 16, np.float32)
+    for row, code in zip(rows, expected, strict=True):
+        out = np.full(plan.stride + 64, 0xA5, np.uint8)
+        core.encode(plan, row, out, scratch)
+        np.testing.assert_array_equal(out[: plan.stride], code)
+    noise = rng.integers(0, 256, (60, plan.stride), np.uint8)
+    for data, back in zip(noise, c.decode(noise, record), strict=True):
+        core.decode(plan, np.pad(data, (0, 16), constant_values=0xA5), got)
+        np.testing.assert_array_equal(got[: record.width], back)
 
 
 def test_fp16_keeps_nan(native: NativeEngine) -> None:

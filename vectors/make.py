@@ -9,7 +9,8 @@ writes, beside itself, ``codecs.json`` (networks, their record segments, names o
     LAYOUT.CODEC.decoded   (T, width) float32   what decoding that gives (not for fp32, which gives the rows)
 
 The rows are those where implementations differ: groups of zeros, of one value, huge and tiny ones, negative zeros, ties
-between two codes and the neighbours of ties, clipping, outliers. Nothing here is random but by a fixed seed.
+between two codes and the neighbours of ties, clipping, outliers, and ties and limits of integers of 24 bits. Nothing
+here is random but by a fixed seed.
 """
 
 from __future__ import annotations
@@ -39,13 +40,18 @@ SMALL = NetSpec(
 )
 """Channels of 25, of 9 (an odd number altogether), an odd vector after a ReLU, an odd one that may be negative."""
 
-LAYOUTS: dict[str, NetSpec] = {"small": SMALL, "dnn": dnn(16, 3), "lenet5": lenet5((1, 28, 28))}
+POINTS = NetSpec((3, 1, 1), (LayerSpec("conv", 19, relu=True), LayerSpec("conv", 6), LayerSpec("fc", 2)))
+"""Groups of a single value."""
+
+LAYOUTS: dict[str, NetSpec] = {"small": SMALL, "points": POINTS, "dnn": dnn(16, 3), "lenet5": lenet5((1, 28, 28))}
 
 
 def cases(size: int, rng: np.random.Generator) -> dict[str, Floats]:
     """Named runs of `size` values; the rows are cut from them, signs and all, whatever a segment's nature."""
     ties = np.float32(1) * NF4_THRESHOLDS
     around = np.concatenate([[1], ties, np.nextafter(ties, np.float32(2)), np.nextafter(ties, np.float32(-2))])
+    edge = np.float32(128)
+    clipped = [edge, -edge, np.nextafter(edge, 0), np.nextafter(-edge, -129), 127.999992, -127.99999, 200, -1e6, 1, -90]
     normal = rng.normal(size=size)
     mixed = np.where(rng.random(size) < 0.5, 0.0, normal) * 10.0 ** rng.integers(-6, 6, size)
     halves = [
@@ -90,6 +96,10 @@ def cases(size: int, rng: np.random.Generator) -> dict[str, Floats]:
         "ties of 3 levels": np.resize(
             [3, 0.5, 1.5, 2.5, 0.49999997, 1.4999999, 2.4999998, 0.50000006, 1.5000001, 2.5000002, -0.5], size
         ),
+        "limits of Q8.16": np.resize(clipped, size),
+        "ties of Q8.16": (np.arange(size) - size // 2 + 0.5) * 2.0**-16,
+        "scales of a few units": (np.arange(size) % 7 - 3) * 2.0**-16 * (1 + np.arange(size) // 25 % 3),
+        "half a unit and below": np.resize([0.5, -0.5, 0.49999997, -0.50000006, -0.49999997], size) * 2.0**-16,
     }
     return {name: np.asarray(value, np.float64).astype(np.float32) for name, value in values.items()}
 
@@ -121,7 +131,7 @@ def make() -> tuple[dict[str, object], dict[str, NDArray[np.generic]]]:
     layouts: dict[str, object] = {}
     for layout, spec in LAYOUTS.items():
         record = spec.record
-        if layout == "small":
+        if layout in ("small", "points"):
             named = cases(record.size, rng)
             names, rows = list(named), rows_of(record, list(named.values()))
         else:

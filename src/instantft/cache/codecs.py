@@ -1,8 +1,9 @@
 """How a record is written: codecs from padded float32 rows to bytes and back.
 
-Every codec but ``fp32`` writes a sample as ``[scales][codes][halves]``, without padding in between; which of the three
-are there, and how, is *data*: a grid of levels for each segment, a way of grouping values under one scale, a format for
-the scales. The arithmetic is float32, in the order written here, and the C core repeats it bit for bit:
+Every codec but ``fp32`` writes a sample as ``[scales][codes][halves]``; which of the three are there, and how, is
+*data*: a grid of levels for each segment, a way of grouping values under one scale, a format for the scales, and
+whether there is padding in between. The arithmetic is float32, in the order written here, and the C core repeats it bit
+for bit:
 
     m       the largest |v| of a group (the largest v on a nonnegative grid)
     scale   m / span                         rounded up to bfloat16 where scales are bfloat16
@@ -14,6 +15,14 @@ the scales. The arithmetic is float32, in the order written here, and the C core
 A group with m < 1e-30 gets scale 0 and the code of level 0. Values must be finite (and, for scales in
 bfloat16, at most 3.38e38, so that a scale rounded up is finite too).
 
+``nf4-hw`` is the codec of the hardware core, in integers (docs/hardware.md §3, where the padding is told too): values
+and scales are Q8.16, so that what lies outside ±128 is clipped. ⌊·⌋ rounds down, t are the thresholds and l the levels:
+
+    v       ⌊value · 2^16 + 1/2⌋, at least −2^23 and at most 2^23 − 1
+    scale   m, the largest |v| of a group, at most 2^23 − 1
+    code    how many of ⌊(t·m + 2^15) / 2^16⌋ lie below v
+    value   ⌊(l[code]·m + 2^15) / 2^16⌋ / 2^16
+
 ============ ================================================== ========================= ==================
 name         grid                                               groups                    bytes for LeNet-5
 ============ ================================================== ========================= ==================
@@ -22,6 +31,7 @@ fp16         IEEE binary16, clipped to ±65504                   –            
 int8         −127 … 127                                         channel or vector         1890
 nf4          NF4 of QLoRA (InstantFT §3.2)                      channel or vector         995
 nf4-block64  NF4                                                64 values of the record   1008
+nf4-hw       NF4                                                channel or vector         995 (1120 padded)
 relu4        0 … 15 after a ReLU, NF4 elsewhere, c in binary16  channel or vector         958
 relu2        0 … 3 after a ReLU, NF4 elsewhere, c in binary16   channel or vector         513
 ============ ================================================== ========================= ==================
@@ -43,10 +53,23 @@ from numpy.typing import NDArray
 from ..errors import UsageError, nearest
 from ..spec import RecordSpec, Segment
 
-__all__ = ["CODECS", "NF4_LEVELS", "NF4_THRESHOLDS", "Codec", "Grid", "codec", "nf4_levels"]
+__all__ = [
+    "CODECS",
+    "NF4_LEVELS",
+    "NF4_THRESHOLDS",
+    "Q16_LEVELS",
+    "Q16_THRESHOLDS",
+    "Codec",
+    "Grid",
+    "codec",
+    "fixed_codes",
+    "fixed_values",
+    "nf4_levels",
+]
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
 
 TINY = np.float32(1e-30)
 """Groups whose largest value is below this are written as zeros: 1/m must stay far from overflow."""
@@ -82,6 +105,15 @@ NF4_THRESHOLDS: Floats = ((NF4_LEVELS[:-1].astype(np.float64) + NF4_LEVELS[1:].a
 )
 """(15,): midpoints of neighbouring levels, computed in float64 and rounded to float32."""
 
+Q16_LEVELS: Ints = np.floor(NF4_LEVELS.astype(np.float64) * 2**16 + 0.5).astype(np.int64)
+"""(16,): l in 16 bits of fraction."""
+
+Q16_THRESHOLDS: Ints = np.floor(NF4_THRESHOLDS.astype(np.float64) * 2**16 + 0.5).astype(np.int64)
+"""(15,): t in 16 bits of fraction."""
+
+BEAT, BLOCK = 16, 16
+"""Of padded records: scales, and the codes of a segment, fill whole beats of 16 bytes; a group, blocks of 16 codes."""
+
 
 def nf4_levels() -> NDArray[np.float64]:
     """The NF4 levels from the normal quantiles, as in QLoRA §3 (equation 4) and its code.
@@ -95,6 +127,28 @@ def nf4_levels() -> NDArray[np.float64]:
     negative = [-quantile(float(p)) for p in np.linspace(d, 0.5, 8)[:-1]]
     levels = np.sort(np.array([*positive, 0.0, *negative], np.float64))
     return np.asarray(levels / levels.max(), np.float64)
+
+
+def fixed_codes(v: Ints, width: int = 24) -> tuple[Ints, Bytes]:
+    """Scales and codes of groups of integers (docs/hardware.md §3).
+
+    Args:
+        v: (…, n), of `width` bits.
+        width: bits of a value; a scale has one fewer, since it has no sign.
+
+    Returns:
+        m (…) and the numbers of NF4 levels (…, n).
+    """
+    m = np.minimum(np.abs(v).max(axis=-1), 2 ** (width - 1) - 1)
+    codes = np.zeros(v.shape, np.uint8)
+    for t in Q16_THRESHOLDS.tolist():
+        codes += v > ((t * m + 2**15) >> 16)[..., None]
+    return m, codes
+
+
+def fixed_values(m: Ints, codes: NDArray[Any]) -> Ints:
+    """The integers (…, n) that codes (…, n) under scales m (…) stand for."""
+    return np.asarray((Q16_LEVELS[codes] * m[..., None] + 2**15) >> 16)
 
 
 @dataclass(frozen=True)
@@ -151,6 +205,8 @@ class _Part:
     """Each of the same number of values."""
     stored: int
     """Values stored: size, or a whole number of blocks."""
+    gap: int
+    """Codes of padding behind each group."""
     grid: Grid
     scales: int
     """Offset of its scales, in bytes."""
@@ -166,11 +222,15 @@ class _Plan:
     """Columns of the values kept in binary16."""
     halves_at: int
     nbytes: int
+    padding: int
+    """Bytes of these that are padding."""
 
 
 @dataclass(frozen=True)
 class Codec:
     """One way to write records. The codes of every segment start at a byte of their own.
+
+    Scales in Q8.16 stand for a codec that computes in integers throughout, on NF4.
 
     Attributes:
         name: by which the command line and files know it.
@@ -179,23 +239,28 @@ class Codec:
         scale: format of the scales.
         block: 0: a scale for every channel or vector; otherwise for so many values of the whole record, in order.
         halves: which segments are kept in binary16 behind the codes.
+        padded: whether zeros fill up scales, and the codes of each segment, to 16 bytes, and those of each group to 8.
         plain: True: the padded row as it is, and none of the above.
     """
 
     name: str
     signed: Grid | None = None
     nonnegative: Grid | None = None
-    scale: Literal["float32", "bfloat16"] = "float32"
+    scale: Literal["float32", "bfloat16", "q8.16"] = "float32"
     block: int = 0
     halves: Literal["none", "last", "all"] = "none"
+    padded: bool = False
     plain: bool = False
 
     def bytes_per_sample(self, record: RecordSpec) -> int:
         """Bytes of codes and scales of a sample, without any padding (995 for nf4 on LeNet-5)."""
-        return 4 * record.size if self.plain else _plan(self, record).nbytes
+        if self.plain:
+            return 4 * record.size
+        plan = _plan(self, record)
+        return plan.nbytes - plan.padding
 
     def nbytes(self, record: RecordSpec) -> int:
-        """Bytes that encoding a sample writes; for fp32 with the padding of its row."""
+        """Bytes that encoding a sample writes, padding included; for fp32 that of its row."""
         return 4 * record.width if self.plain else _plan(self, record).nbytes
 
     def stride(self, record: RecordSpec) -> int:
@@ -228,12 +293,11 @@ class Codec:
         for part in plan.parts:
             values = np.zeros((T, part.stored), np.float32)
             values[:, : part.size] = rows[:, part.columns]
-            v: Floats = values.reshape(T, part.groups, part.stored // part.groups)
-            scale, inv, empty = self._scales(v, part.grid)
-            codes = part.grid.codes(v * inv[:, :, None])
-            codes[empty] = part.grid.zero
+            scale, codes = self._quantise(values.reshape(T, part.groups, part.stored // part.groups), part.grid)
             out[:, part.scales : part.scales + part.groups * scale_bytes] = _SCALES[self.scale].write(scale)
-            out[:, part.codes : part.codes + part.code_bytes] = _pack(codes.reshape(T, part.stored), part.grid.bits)
+            codes = np.pad(codes, ((0, 0), (0, 0), (0, part.gap)))
+            packed = _pack(codes.reshape(T, part.stored + part.groups * part.gap), part.grid.bits)
+            out[:, part.codes : part.codes + packed.shape[1]] = packed
         half = np.ascontiguousarray(np.clip(rows[:, plan.halves], -HALF_MAX, HALF_MAX), "<f2")
         out[:, plan.halves_at : plan.nbytes] = half.view(np.uint8)
         return out
@@ -262,12 +326,29 @@ class Codec:
         scale_bytes = _SCALES[self.scale].size
         for part in plan.parts:
             scale = _SCALES[self.scale].read(data[:, part.scales : part.scales + part.groups * scale_bytes])
-            codes = _unpack(data[:, part.codes : part.codes + part.code_bytes], part.grid.bits, part.stored)
-            v = part.grid.levels(codes).reshape(T, part.groups, part.stored // part.groups) * scale[:, :, None]
+            each, stored = part.stored // part.groups, part.stored + part.groups * part.gap
+            codes = _unpack(data[:, part.codes : part.codes + part.code_bytes], part.grid.bits, stored)
+            v = self._dequantise(scale, codes.reshape(T, part.groups, each + part.gap)[:, :, :each], part.grid)
             rows[:, part.columns] = v.reshape(T, part.stored)[:, : part.size]
         half = np.ascontiguousarray(data[:, plan.halves_at : plan.nbytes]).view("<f2")
         rows[:, plan.halves] = half.astype(np.float32)
         return rows
+
+    def _quantise(self, v: Floats, grid: Grid) -> tuple[NDArray[Any], Bytes]:
+        """Scales (T, G) and codes (T, G, n) of groups v (T, G, n)."""
+        if self.scale == "q8.16":
+            q = np.clip(v.astype(np.float64) * 2**16, -(2**23), 2**23 - 1)  # before it is rounded: the same, and finite
+            return fixed_codes(np.floor(q + 0.5).astype(np.int64))
+        scale, inv, empty = self._scales(v, grid)
+        codes = grid.codes(v * inv[:, :, None])
+        codes[empty] = grid.zero
+        return scale, codes
+
+    def _dequantise(self, scale: NDArray[Any], codes: Bytes, grid: Grid) -> Floats:
+        """Values (T, G, n)."""
+        if self.scale == "q8.16":
+            return np.asarray(fixed_values(scale, codes) * 2.0**-16, np.float32)
+        return np.asarray(grid.levels(codes) * scale[:, :, None], np.float32)
 
     def _scales(self, v: Floats, grid: Grid) -> tuple[Floats, Floats, NDArray[np.bool_]]:
         """scale, inv and emptiness (T, G) of groups v (T, G, n); scale and inv are 0 where a group is empty."""
@@ -310,9 +391,9 @@ def _unpack(data: Bytes, bits: int, n: int) -> Bytes:
 @dataclass(frozen=True)
 class _ScaleFormat:
     size: int
-    write: Callable[[Floats], Bytes]
-    """(T, G) float32 to (T, G·size) bytes, little endian."""
-    read: Callable[[Bytes], Floats]
+    write: Callable[[NDArray[Any]], Bytes]
+    """(T, G) float32, or integers, to (T, G·size) bytes, little endian."""
+    read: Callable[[Bytes], NDArray[Any]]
 
 
 def _bfloat16_up(x: Floats) -> Floats:
@@ -338,6 +419,11 @@ _SCALES: dict[str, _ScaleFormat] = {
         lambda b: np.ascontiguousarray(b).view("<f4").astype(np.float32),
     ),
     "bfloat16": _ScaleFormat(2, _write_bfloat16, _read_bfloat16),
+    "q8.16": _ScaleFormat(  # what a damaged word has beyond 23 bits is not looked at
+        4,
+        lambda m: np.ascontiguousarray(m, "<u4").view(np.uint8),
+        lambda b: np.ascontiguousarray(b).view("<u4").astype(np.int64) & 0x7FFFFF,
+    ),
 }
 
 
@@ -357,16 +443,21 @@ def _plan(c: Codec, record: RecordSpec) -> _Plan:
             grid = c.nonnegative if s.nonnegative else c.signed
             assert grid is not None
             runs.append((slice(s.offset, s.offset + s.size), s.size, s.groups, s.size, grid))
+    beat, block = (BEAT, BLOCK) if c.padded else (1, 1)
     scales = 0
-    codes = sum(groups for _, _, groups, _, _ in runs) * _SCALES[c.scale].size
+    used = sum(groups for _, _, groups, _, _ in runs) * _SCALES[c.scale].size
+    codes = -(-used // beat) * beat
     parts: list[_Part] = []
     for columns, size, groups, stored, grid in runs:
-        n = -(-stored * grid.bits // 8)
-        parts.append(_Part(columns, size, groups, stored, grid, scales, codes, n))
+        gap = -(stored // groups) % block
+        n = -(-(stored + groups * gap) * grid.bits // 8)
+        n = -(-n // beat) * beat
+        parts.append(_Part(columns, size, groups, stored, gap, grid, scales, codes, n))
         scales += groups * _SCALES[c.scale].size
         codes += n
+        used += -(-stored * grid.bits // 8)
     halves = _columns(kept)
-    return _Plan(tuple(parts), halves, codes, codes + 2 * len(halves))
+    return _Plan(tuple(parts), halves, codes, codes + 2 * len(halves), codes - used)
 
 
 def _columns(segments: tuple[Segment, ...]) -> NDArray[np.intp]:
@@ -383,6 +474,7 @@ CODECS: dict[str, Codec] = {
         Codec("int8", signed=INT8, nonnegative=INT8),
         Codec("nf4", signed=NF4, nonnegative=NF4),
         Codec("nf4-block64", signed=NF4, nonnegative=NF4, block=64),
+        Codec("nf4-hw", signed=NF4, nonnegative=NF4, scale="q8.16", padded=True),
         Codec("relu4", signed=NF4, nonnegative=UINT4, scale="bfloat16", halves="last"),
         Codec("relu2", signed=NF4, nonnegative=UINT2, scale="bfloat16", halves="last"),
     )

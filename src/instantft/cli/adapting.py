@@ -167,7 +167,7 @@ def pretrain(
 @click.option(
     "--cache",
     metavar="CODEC",
-    help="fp32, fp16, int8, nf4, nf4-block64, relu4, relu2 or none. "
+    help="fp32, fp16, int8, nf4, nf4-block64, nf4-hw, relu4, relu2 or none. "
     "[default: fp32 for skip2-lora and skip-ridge, else none]",
 )
 @click.option("--cache-capacity", type=int, metavar="N", help="Samples the cache has room for. [default: all]")

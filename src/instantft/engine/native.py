@@ -31,7 +31,7 @@ __all__ = ["CODEC_IDS", "NativeEngine", "fma_peak", "isas"]
 # Bits and numbers of instantft.h.
 _W, _B, _X, _GAMMA, _BETA, _BATCH_STATS, _LAYER_ADAPTER, _SKIP_ADAPTER = (1 << i for i in range(8))
 _LOSSES = {"classification": 0, "multi-label": 1, "regression": 2}
-CODEC_IDS = {"fp32": 0, "fp16": 1, "int8": 2, "nf4": 3, "nf4-block64": 4, "relu4": 5, "relu2": 6}
+CODEC_IDS = {"fp32": 0, "fp16": 1, "int8": 2, "nf4": 3, "nf4-block64": 4, "relu4": 5, "relu2": 6, "nf4-hw": 7}
 """Numbers of `ift_codec_id`."""
 _ROLES = ("weight", "bias", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
 _LAYER_A, _LAYER_B, _SKIP_A, _SKIP_B = range(6, 10)

@@ -32,7 +32,7 @@ from ..methods import method as row
 from ..solvers.sgd import check_arguments
 from ..spec import NetSpec, pad
 
-__all__ = ["CODE", "STACK", "Footprint", "coded", "export_c"]
+__all__ = ["CODE", "FIXED_CODE", "STACK", "Footprint", "coded", "export_c"]
 
 Floats = NDArray[np.float32]
 
@@ -58,6 +58,9 @@ STACK = {"skip2-lora": 1536, "skip-ridge": 2560}
 
 CODE = {"skip2-lora": 49152, "skip-ridge": 49152}
 """Bytes of code and small tables, an upper bound for Cortex-M4F at -O2 (the same test)."""
+
+FIXED_CODE = 2048
+"""What the codec nf4-hw adds to that."""
 
 CORE = (
     "instantft.h",
@@ -325,7 +328,7 @@ def _flash(s: _Setting, exported: bool) -> dict[str, int]:
         "weights": each * (dense + packed) + 4 * outputs * (2 if s.weights == "int8" else 1),
         "start": start,
         "exported adapter": _adapter_floats(s) * 4 if exported else 0,
-        "code": CODE[s.method],
+        "code": CODE[s.method] + (FIXED_CODE if s.cache == "nf4-hw" else 0),
     }
 
 
@@ -590,6 +593,7 @@ enum {{
     IFT_MAX_LAYERS = {s.spec.L},
     IFT_CONVS = {int(any(y.kind == "conv" for y in s.spec.layers))},
     IFT_BLOCKS = 0,
+    IFT_FIXED = {int(s.cache == "nf4-hw")},
     IFT_DENSE_LEAF = {DENSE_LEAF},
     IFT_DENSE_BYTES = {DENSE},
     IFT_CODEC = {CODEC_IDS[s.cache]}, /* {s.cache} */

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache.codecs import NF4_LEVELS, NF4_THRESHOLDS
+from ..cache.codecs import Q16_LEVELS as LEVELS  # (16,) l_i
+from ..cache.codecs import Q16_THRESHOLDS as THRESHOLDS  # (15,) t_j
 
 __all__ = [
     "EXP_HIGH",
@@ -67,12 +68,6 @@ def nearest(x: NDArray[Any] | float, fraction: int) -> Ints:
     """floor(x·2^fraction + 1/2) of real x, in float64."""
     return np.floor(np.asarray(x, np.float64) * 2.0**fraction + 0.5).astype(np.int64)
 
-
-LEVELS = nearest(NF4_LEVELS, 16)
-"""(16,) l_i."""
-
-THRESHOLDS = nearest(NF4_THRESHOLDS, 16)
-"""(15,) t_j."""
 
 EXP_HIGH = np.minimum(65535, nearest(np.exp(-np.arange(128) / 8), 16))
 """(128,) E1."""
