@@ -116,7 +116,7 @@ class Softmax(wiring.Component):
         share, rounded = Signal(2 * E_BITS, reset_less=True), Signal(2 * E_BITS + 1, reset_less=True)
         m.d.sync += share.eq(e_out.data * factor)
         half_unit = Signal(range(1 << (E_BITS + 2 + extra + 1)))
-        m.d.sync += half_unit.eq(1 << (scale + E_BITS + 2))
-        m.d.sync += [rounded.eq(share + half_unit), self.p.eq(rounded >> (later(m, scale, 2) + E_BITS + 3))]
+        m.d.sync += half_unit.eq(Const(1 << (E_BITS + 2)) << scale)
+        m.d.sync += [rounded.eq(share + half_unit), self.p.eq((rounded >> (E_BITS + 3)) >> later(m, scale, 2))]
         m.d.sync += [self.p_valid.eq(later(m, running, 3)), self.p_last.eq(later(m, last, 3))]
         return m
