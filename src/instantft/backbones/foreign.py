@@ -167,9 +167,17 @@ class ForeignNetwork(Network):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def bind(self, engine: Engine) -> Engine:
-        """An engine that runs this network, and leaves training to `engine`."""
+        """An engine that runs this network, and leaves training to `engine`.
+
+        Raises:
+            UsageError: that engine runs the frozen part itself, or not at all.
+        """
         if isinstance(engine, _ForeignEngine):
             engine = engine.inner
+        if engine.own_steps:
+            raise UsageError(
+                f"the engine {engine.name} must be given a network of our own (dnn, lenet5), not {self.WHAT}"
+            )
         return _ForeignEngine(self, engine)
 
     def check_method(self, m: Method) -> None:
@@ -545,6 +553,8 @@ class _ForeignEngine:
     def dense(self) -> Dense:
         """See Engine.dense."""
         return self.inner.dense
+
+    own_steps = False
 
     def forward(self, spec: NetSpec, tensors: Tensors, x: Floats, threads: int = 1) -> Floats:
         """y = gain·c + Σ x^k·A_k·B_k + bias; see Engine.forward."""

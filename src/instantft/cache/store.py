@@ -143,9 +143,15 @@ class Store:
                 f"not {list(np.shape(rows))}"
             )
         kept = self.admits(numbers)
+        self.write_encoded(numbers[kept], self.codec.encode(rows[kept], self.record))
+
+    def write_encoded(self, numbers: ArrayLike, data: Bytes) -> None:
+        """As `write`, of samples (n, stride) that the codec, or who repeats its arithmetic, has encoded."""
+        numbers = _numbers(numbers)
+        kept = self.admits(numbers)
         slots = self.slots(numbers)[kept]
         self._unseal(slots)
-        self.data[slots] = self.codec.encode(rows[kept], self.record)
+        self.data[slots] = data[kept]
         self.owner[slots] = numbers[kept]
 
     def forget(self, numbers: ArrayLike) -> None:

@@ -17,8 +17,10 @@ from .inspecting import lift_cost_of
 from .options import (
     batch_option,
     check_file_target,
+    core_options,
     engine_of,
     engine_option,
+    engine_or_core,
     history_option,
     input_shape_option,
     json_option,
@@ -34,11 +36,12 @@ from .options import (
     values,
 )
 from .running import class_names, read_samples, score_of
-from .show import history_of, percent, print_history, print_json, time_text
+from .show import core_text, history_of, percent, print_history, print_json, time_text
 
 if TYPE_CHECKING:
     from ..adapters import Adapter
     from ..backbones.builtin import Network
+    from ..hw.engine import FixedEngine
     from ..tasks import Task
 
 FEW = 30
@@ -194,7 +197,7 @@ def pretrain(
 @seed_option
 @threads_option
 @preprocessing_options("that of BASE")
-@engine_option
+@core_options
 @memory_option
 @history_option
 @click.option("--force", is_flag=True, help="Keep the new adapter even where the gate would not.")
@@ -230,6 +233,7 @@ def finetune(
     mean: str | None,
     std: str | None,
     engine: str | None,
+    hw_config: str | None,
     memory_limit: str | None,
     history: bool,
     force: bool,
@@ -244,8 +248,9 @@ def finetune(
     from ..adapters import CONFIG_FILE, check_target
     from ..data import announced
     from ..memory import peak_memory, size_of, size_text
+    from ..methods import LORA_RANK
     from ..solvers.sgd import FitResult
-    from ..tasks import METRICS, TASKS, check_task
+    from ..tasks import METRICS, TASKS, check_task, targets
     from ..tuner import FineTuner
     from ..tuner import load as load_base
 
@@ -254,7 +259,10 @@ def finetune(
         network = network.with_outputs(outputs)
     wanted = check_task(task or TASKS[0])
     weights = class_weights if class_weights in (None, "balanced") else values("--class-weights", class_weights)
-    chosen = network.bind(engine_of(engine))
+    who, core = engine_or_core(engine, hw_config)
+    if core is not None:
+        method, cache = _on_core(core, network, method, cache, memory_limit)
+    chosen = network.bind(who)
     tuner = FineTuner(
         network,
         method=method,
@@ -295,6 +303,13 @@ def finetune(
         plan = tuner.planned(T, others=len(test.x) if test else 0)
     doing = f"fine-tuning ({tuner.row(T).name})"
     length = tuner.planned_epochs
+    if core is not None:
+        goal = targets(
+            samples.labels, network.spec.C, wanted,
+            sample_weight=samples.weights, class_weight=weights, smoothing=label_smoothing,
+        )  # fmt: skip
+        core.check(network.spec, network.tensors, rank or LORA_RANK, batch_size, lr, momentum, goal, T)
+        core.clear()
     with Bar(doing, length) as bar:
 
         def filling(done: float) -> None:
@@ -309,6 +324,7 @@ def finetune(
             groups=samples.groups, progress=bar.update, filling=filling, plan=plan,
         )  # fmt: skip
     fitted, store, row = tuner.result_, tuner.store_, tuner.method_.name
+    hardware = core.report() if core is not None else None
     after = score_of(chosen, network, tuner.adapter, test, threads, wanted) if test else None
     classes = wanted == TASKS[0]
     result: dict[str, Any] = {
@@ -333,7 +349,7 @@ def finetune(
             "misses": store.misses if store else 0,
         },
         "memory": {
-            "peak": sum(peak_memory(plan).values()) if network.spec.own or memory_limit else None,
+            "peak": sum(peak_memory(plan).values()) if core is None and (network.spec.own or memory_limit) else None,
             "limit": size_of(memory_limit) if memory_limit else None,
         },
         "adapter": out,
@@ -374,6 +390,8 @@ def finetune(
     elif not was_there:
         untrained(adapter, network.tensors).save(out)
 
+    if hardware is not None:
+        result["hardware"] = hardware
     if store and store.damaged:
         result["cache"]["damaged"] = store.damaged
     if history:
@@ -422,6 +440,8 @@ def finetune(
             f"cache    {held['codec']}, {held['bytes_per_sample']:,} B a sample, "
             f"{held['hits']:,} hits, {held['misses']:,} misses"
         )
+    if hardware is not None:
+        click.echo(core_text(hardware))
     peak = result["memory"]["peak"]
     if peak:
         click.echo(f"memory   at most {size_text(peak)}, as stated ahead")
@@ -433,6 +453,22 @@ def finetune(
         stays = f"{out} stays as it was" if was_there else f"{out} holds an adapter that changes nothing"
         return click.echo(f"adapter  {stays}; --force keeps the new one")
     click.echo(f"adapter  {out}")
+
+
+def _on_core(
+    core: FixedEngine, network: Network, method: str, cache: str | None, memory_limit: str | None
+) -> tuple[str, str]:
+    """Method and cache of a fine-tuning on the hardware core."""
+    from ..hw.engine import CODEC, METHOD
+
+    core.build(network.spec)
+    if method not in ("auto", METHOD):
+        raise UsageError(f"--method must be {METHOD} for the core, not {method!r:.60}")
+    if cache not in (None, CODEC):
+        raise UsageError(f"--cache must be {CODEC} for the core, not {cache!r:.60}")
+    if memory_limit is not None:
+        raise UsageError("--memory-limit must go with --engine native or reference, not with the core")
+    return METHOD, CODEC
 
 
 def _adapter_in_use(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..adapters import Adapter
     from ..backbones.builtin import Network
     from ..engine import Engine
+    from ..hw.engine import FixedEngine
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -39,6 +40,14 @@ def commands() -> None:
 
 
 engine_option = click.option("--engine", metavar="native|reference", help="Who computes. [default: native]")
+
+
+def core_options(command: Command) -> Command:
+    """Who computes, where the hardware core may be asked for as well."""
+    configs = "Of the core: k26, k26-small or ecp5-85f. [default: k26]"
+    command = click.option("--hw-config", metavar="NAME", help=configs)(command)
+    who = "Who computes; fixed: the hardware core's arithmetic. [default: native]"
+    return click.option("--engine", metavar="native|reference|fixed", help=who)(command)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
@@ -108,6 +117,22 @@ def engine_of(name: str | None) -> Engine:
             raise  # who asks for one instruction set does not want another engine
         click.echo(f"warning: {' '.join(str(e).split())}; the slow NumPy engine computes", err=True)
         return get_engine("reference")
+
+
+def engine_or_core(name: str | None, config: str | None) -> tuple[Engine, FixedEngine | None]:
+    """The engine called `name`, and once more if it is the hardware core."""
+    from ..engine import ENGINES
+
+    if name == "fixed":
+        from ..hw.engine import FixedEngine
+
+        core = FixedEngine(config or "k26")
+        return core, core
+    if config is not None:
+        raise UsageError(f"--hw-config must go with --engine fixed, not {name or 'native'}")
+    if name is not None and name not in ENGINES:
+        raise UsageError(f"engine must be one of {', '.join(ENGINES)}, fixed, not {name!r:.60}")
+    return engine_of(name), None
 
 
 def values(option: str, text: str | None) -> tuple[float, ...]:

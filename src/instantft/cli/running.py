@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, FileError, UsageError
 from .bar import Bar
-from .options import engine_of, preprocessing
+from .options import preprocessing
 
 if TYPE_CHECKING:
     from ..adapters import Adapter
@@ -76,7 +76,7 @@ def forward_samples(
     mean: str | None,
     std: str | None,
     threads: int,
-    engine: str | None,
+    engine: Engine,
     labels: bool,
     task: str | None = None,
     size: int | None = None,
@@ -103,7 +103,7 @@ def forward_samples(
         )
     if known or not labels:
         samples = replace(samples, classes=known)
-    chosen = network.bind(engine_of(engine))
+    chosen = network.bind(engine)
     return chosen_task, chosen, samples, logits_of(chosen, network, adapter, samples, threads)
 
 

@@ -46,6 +46,12 @@ def percent(fraction: float | None) -> str:
     return "–" if fraction is None else f"{fraction:.1%}"
 
 
+def core_text(report: dict[str, Any]) -> str:
+    """A line about what the hardware core did."""
+    cut = [f"{n:,} {kind}" for kind, n in report["saturations"].items() if n]
+    return f"core     {report['config']}; saturated: {', '.join(cut) or 'nothing'}"
+
+
 def history_of(stats: EpochStats, T: int, told: bool = True) -> list[dict[str, Any]]:
     """A row an epoch; told: whether samples are told rightly or wrongly, as numbers are not."""
     pairs = zip(stats.loss.tolist(), stats.correct.tolist(), strict=True)

@@ -12,7 +12,8 @@ from ..errors import UsageError
 from .options import (
     adapter_option,
     check_file_target,
-    engine_option,
+    core_options,
+    engine_or_core,
     json_option,
     preprocessing_options,
     source_options,
@@ -20,7 +21,7 @@ from .options import (
     threads_option,
 )
 from .running import forward_samples
-from .show import percent, print_json
+from .show import core_text, percent, print_json
 
 
 @click.command()
@@ -31,7 +32,7 @@ from .show import percent, print_json
 @task_option
 @preprocessing_options("that of BASE")
 @threads_option
-@engine_option
+@core_options
 @json_option
 def evaluate(
     base: str,
@@ -44,22 +45,28 @@ def evaluate(
     std: str | None,
     threads: int,
     engine: str | None,
+    hw_config: str | None,
     as_json: bool,
 ) -> None:
     """How well labelled samples are told: accuracy, per class, and the confusion matrix; or what else fits the task."""
     from ..solvers.metrics import measured
     from ..tasks import targets
 
+    who, core = engine_or_core(engine, hw_config)
     found, chosen, samples, logits = forward_samples(
-        base, adapter, data, mean, std, threads, engine, labels=True, task=task, size=size, label=label
+        base, adapter, data, mean, std, threads, who, labels=True, task=task, size=size, label=label
     )
     goal = targets(samples.labels, logits.shape[1], found)
     result = {**measured(goal, logits), "task": found, "engine": chosen.name}
+    if core is not None:
+        result["hardware"] = core.report()
     for entry, name in zip(result.get("per_class", ()), samples.classes, strict=False):
         entry["name"] = name
     if as_json:
         return print_json(result)
     {"classification": _print_classes, "regression": _print_numbers, "multi-label": _print_labels}[found](result)
+    if core is not None:
+        click.echo(f"\n{core_text(core.report())}")
 
 
 def _print_classes(r: dict[str, Any]) -> None:
@@ -120,7 +127,7 @@ def _number(value: float | None) -> str:
 @task_option
 @preprocessing_options("that of BASE")
 @threads_option
-@engine_option
+@core_options
 @json_option
 def predict(
     base: str,
@@ -134,6 +141,7 @@ def predict(
     std: str | None,
     threads: int,
     engine: str | None,
+    hw_config: str | None,
     as_json: bool,
 ) -> None:
     """Predict samples; write logits, probabilities and label to an .npz, or what else fits the task."""
@@ -153,8 +161,9 @@ def predict(
         }
     check_file_target(out, inputs)
     _check_replaceable(Path(out))
+    who, core = engine_or_core(engine, hw_config)
     found, chosen, samples, logits = forward_samples(
-        base, adapter, data, mean, std, threads, engine, labels=False, task=task, size=size, label=label
+        base, adapter, data, mean, std, threads, who, labels=False, task=task, size=size, label=label
     )
     made: dict[str, Any]
     if found == "regression":
@@ -170,9 +179,14 @@ def predict(
     np.savez(buffer, **made)
     files.write_whole(Path(out), buffer.getvalue(), "predictions")
     if as_json:
-        said = {"task": found, "keys": list(made), "classes": list(samples.classes) or None, "engine": chosen.name}
+        names = list(samples.classes) or None
+        said: dict[str, Any] = {"task": found, "keys": list(made), "classes": names, "engine": chosen.name}
+        if core is not None:
+            said["hardware"] = core.report()
         return print_json({"n": len(logits), "out": out, **said})
     click.echo(f"{len(logits):,} predictions ({', '.join(made)}) in {out}")
+    if core is not None:
+        click.echo(core_text(core.report()))
 
 
 _PREDICTED = {f"{key}.npy" for key in ("logits", "probabilities", "label", "value", "classes", "image")}

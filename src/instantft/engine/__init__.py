@@ -104,6 +104,11 @@ class Engine(Protocol):
         """The matrix algebra of the closed form."""
         ...
 
+    @property
+    def own_steps(self) -> bool:
+        """Whether its steps are those of a machine: nobody else may make them, and there is no momentum."""
+        ...
+
     def forward(self, spec: NetSpec, tensors: Tensors, x: Floats, threads: int = 1) -> Floats:
         """Logits (T, C) of samples x (T, N), batch norm by running statistics, with whatever adapters are present."""
         ...

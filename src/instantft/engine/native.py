@@ -295,6 +295,7 @@ class NativeEngine:
     """
 
     name = "native"
+    own_steps = False
 
     def __init__(self) -> None:
         self._core = _load_core()

@@ -39,6 +39,7 @@ class ReferenceEngine:
     """The `Engine` written in NumPy."""
 
     name = "reference"
+    own_steps = False
     dense = NumpyDense()
 
     def forward(self, spec: NetSpec, tensors: Tensors, x: Floats, threads: int = 1) -> Floats:

@@ -39,6 +39,7 @@ __all__ = [
     "Parameters",
     "Saturations",
     "Trace",
+    "adapter",
     "decode",
     "dequantise",
     "encode",
@@ -52,6 +53,7 @@ __all__ = [
     "softmax",
     "step",
     "step_size",
+    "tensors_of",
 ]
 
 Bytes = NDArray[np.uint8]
@@ -61,6 +63,9 @@ BLOCK = 16
 
 STEP_ERROR = 0.01
 """By how much of itself η may be off once it is rounded."""
+
+ENOUGH = 0.25
+"""How large the largest of a row of B stays where A is made larger: h is within ±128, and so adds up to ±32 to y."""
 
 
 @dataclass
@@ -147,8 +152,8 @@ def parameter(x: NDArray[Any], name: str) -> Ints:
     Raises:
         UsageError: a value does not lie within ±8.
     """
-    v = nearest(x, PARAMETER_FRACTION)
-    if v.size and not -(1 << (PARAMETER_WIDTH - 1)) <= int(v.min()) <= int(v.max()) < 1 << (PARAMETER_WIDTH - 1):
+    v, cut = saturate(nearest(np.clip(x, -16, 16), PARAMETER_FRACTION), PARAMETER_WIDTH)
+    if cut:
         worst = float(np.abs(np.asarray(x, np.float64)).max())
         raise UsageError(f"{name} must lie within ±8 for the core, which holds Q4.12, but the largest is {worst:.4g}")
     return v
@@ -160,7 +165,7 @@ def step_size(lr: float, samples: int) -> int:
     Raises:
         UsageError: its format does not hold it, or is too coarse for it.
     """
-    eta = int(nearest(lr / samples, STEP_FRACTION))
+    eta = int(nearest(min(lr / samples, 1.0), STEP_FRACTION))
     if not 0 < eta < 1 << STEP_WIDTH or abs(eta / 2**STEP_FRACTION * samples / lr - 1) > STEP_ERROR:
         low = 0.5 / STEP_ERROR / 2**STEP_FRACTION
         raise UsageError(
@@ -281,6 +286,76 @@ def decode(record: RecordSpec, entries: Bytes, formats: Formats) -> list[Ints]:
 
 def _padded(data: Bytes) -> Bytes:
     return np.pad(data, ((0, 0), (0, -data.shape[1] % BLOCK)))
+
+
+# -- §4, the adapter --------------------------------------------------------------------------------------------------
+
+
+def adapter(net: NetSpec, tensors: Tensors, rank: int, formats: Formats, balanced: bool = True) -> Parameters:
+    """An adapter as the core holds it, filled up with zeros to the core's rank and taps.
+
+    Column r of A_k times 2^e and row r of B_k over 2^e are the same adapter. Of the e at which both fit Q4.12, and
+    which leave B no smaller than it was or at least ENOUGH, the one with the smallest error of A·B is taken, 0 among
+    equals; so what the core has trained stays as it is.
+
+    Args:
+        tensors: whatever of ``lora.k-L.A``, ``lora.k-L.B``, ``output.gain`` and ``output.bias`` there is.
+        rank: of the core.
+        balanced: False: e is 0, which an adapter that is to be trained on asks for.
+
+    Raises:
+        UsageError: it has other tensors, a larger rank, or values that the formats do not hold.
+    """
+    names = [f"lora.{k}-{net.L}" for k in range(net.L)]
+    others = [name for name in tensors if name.startswith("lora.") and name[:-2] not in names]
+    if others:
+        raise UsageError(f"the core holds adapters to the output only, not {others[0]}")
+    A, B = [], []
+    for k, name in enumerate(names):
+        if f"{name}.A" not in tensors:
+            A.append(np.zeros((net.tap_widths[k], rank), np.int64))
+            B.append(np.zeros((rank, net.C), np.int64))
+            continue
+        a, b = (np.asarray(tensors[f"{name}.{part}"], np.float64) for part in "AB")
+        more = rank - len(b)
+        if more < 0:
+            raise UsageError(f"rank must be at most {rank} for this build of the core, not {len(b)}")
+        if balanced:
+            e = np.array([_balance(a[:, r], b[r]) for r in range(len(b))], np.float64)
+            a, b = a * 2.0**e, b * 2.0 ** -e[:, None]
+        A.append(np.pad(parameter(a, f"{name}.A"), ((0, 0), (0, more))))
+        B.append(np.pad(parameter(b, f"{name}.B"), ((0, more), (0, 0))))
+    gain = int(parameter(tensors.get("output.gain", np.ones(1, np.float32)), "output.gain")[0])
+    given = np.asarray(tensors.get("output.bias", np.zeros(net.C, np.float32)), np.float64)
+    limit = 2.0 ** (formats.width - formats.fraction - 1)
+    bias, cut = saturate(nearest(np.clip(given, -2 * limit, 2 * limit), formats.fraction), formats.width)
+    if cut:
+        raise UsageError(f"output.bias must lie within ±{limit:g} for the core, not {np.abs(given).max():.4g}")
+    return Parameters(tuple(A), tuple(B), gain, bias)
+
+
+def _balance(a: NDArray[np.float64], b: NDArray[np.float64]) -> int:
+    """e for a column of A (N,) and a row of B (C,); 0 where none fits."""
+    best, least, unit = 0, float("inf"), 2.0**-PARAMETER_FRACTION
+    for e in sorted(range(-16, 17), key=abs):
+        x, y = a * 2.0**e, b * 2.0**-e
+        if (e > 0 and np.abs(y).max() < ENOUGH) or max(np.abs(x).max(), np.abs(y).max()) >= 8 - unit:
+            continue
+        qx, qy = nearest(x, PARAMETER_FRACTION) * unit, nearest(y, PARAMETER_FRACTION) * unit
+        error = float((qx @ qx) * (qy @ qy) - 2 * (qx @ x) * (qy @ y) + (x @ x) * (y @ y))  # ‖qx·qyᵀ - x·yᵀ‖²
+        if error < least * (1 - 1e-9):
+            best, least = e, error
+    return best
+
+
+def tensors_of(params: Parameters, rank: int) -> dict[str, NDArray[np.float32]]:
+    """A and B by name, float32, which holds them exactly; the first `rank` columns and rows."""
+    L, one = len(params.A), np.float32(1 << PARAMETER_FRACTION)
+    made: dict[str, NDArray[np.float32]] = {}
+    for k, (A, B) in enumerate(zip(params.A, params.B, strict=True)):
+        made[f"lora.{k}-{L}.A"] = A[:, :rank].astype(np.float32) / one
+        made[f"lora.{k}-{L}.B"] = B[:rank].astype(np.float32) / one
+    return made
 
 
 # -- §5, softmax ------------------------------------------------------------------------------------------------------

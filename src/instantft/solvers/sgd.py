@@ -194,6 +194,10 @@ def fit(
     if numbers is None:
         numbers = np.arange(T, dtype=np.int64)
 
+    if engine.own_steps:
+        if space == "dual":
+            raise UsageError(f"space must be primal or auto for the engine {engine.name}, not dual")
+        space, momentum = "primal", momentum or 0.0
     in_dual = taps_in_dual(space, m, spec.tap_widths, T, rank, epochs, batch_size)
     whole = store is not None and store.capacity >= T
     use_dual = any(in_dual) and (whole or space == "dual")
