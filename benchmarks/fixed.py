@@ -28,7 +28,8 @@ from instantft.engine import Engine, get_engine
 from instantft.experiments.accuracy import accuracy, base_network, base_params
 from instantft.experiments.core import Settings, Where
 from instantft.experiments.images import ANGLES, coloured, sizes, turned
-from instantft.hw.engine import CODEC, METHOD, FixedEngine
+from instantft.hw.engine import METHOD, FixedEngine
+from instantft.hw.fixed import CODEC
 from instantft.solvers import sgd
 
 CORES = {"q24": "k26", "q18": "ecp5-85f"}

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from instantft.cache.codecs import Q16_LEVELS, Q16_THRESHOLDS, fixed_codes
 from instantft.engine.reference import ReferenceEngine, gradients
 from instantft.errors import UsageError
 from instantft.hw import fixed
-from instantft.hw.formats import INVERSE, LEVELS, PROFILES, THRESHOLDS, Formats, Ints
+from instantft.hw.formats import INVERSE, PROFILES, Formats, Ints
 from instantft.methods import SGD_METHODS
-from instantft.spec import LayerSpec, NetSpec, dnn
+from instantft.spec import LayerSpec, NetSpec, RecordSpec, Segment, dnn
 from tests.nets import NETS, samples_for, tensors_for
 
 EITHER = pytest.mark.parametrize("formats", PROFILES.values(), ids=str)
@@ -210,7 +211,7 @@ def test_entries_come_back_as_their_nearest_levels(name: str, formats: Formats) 
     values[-1][0] = 0  # an empty group
     entries = fixed.encode(spec.record, values, formats)
     assert entries.shape[1] % 16 == 0
-    found = fixed.decode(spec.record, entries, formats)
+    found = fixed.decode(spec.record, entries)
     for s, v, w in zip(spec.record.segments, values, found, strict=True):
         groups, decoded = v.reshape(3, s.groups, -1), w.reshape(3, s.groups, -1)
         m = np.abs(groups).max(axis=2, keepdims=True)
@@ -221,22 +222,21 @@ def test_entries_come_back_as_their_nearest_levels(name: str, formats: Formats) 
 
 
 @EITHER
-def test_a_group_in_exact_integers(formats: Formats) -> None:
+def test_an_entry_in_exact_integers(formats: Formats) -> None:
     rng = np.random.default_rng(2)
     top = 1 << (formats.width - 1)
-    for v in (
-        rng.integers(-top, top, 40),
-        np.array([-top, top - 1, 0]),
-        rng.integers(-3, 4, 16),
-        np.zeros(5, np.int64),
-    ):
+    groups = (rng.integers(-top, top, 40), np.array([-top, top - 1, 0]), rng.integers(-3, 4, 16), np.zeros(5, np.int64))
+    for v in groups:
+        record = RecordSpec((Segment("c", len(v), 1, False, 0),))
         m = min(max(abs(int(x)) for x in v), top - 1)
-        T = [rounded(int(t) * m, 16) for t in THRESHOLDS]
+        T = [rounded(int(t) * m, 16) for t in Q16_THRESHOLDS]
         codes = [sum(int(x) > t for t in T) for x in v]
-        values = [clipped(rounded(int(LEVELS[c]) * m, 16), formats.width) for c in codes]
-        found_m, found = fixed.quantise(v, formats)
-        assert (int(found_m), found.tolist()) == (m, codes)
-        assert fixed.dequantise(found_m, found, formats).tolist() == values
+        values = [clipped(rounded(int(Q16_LEVELS[c]) * m, 16), formats.width) for c in codes]
+        entry = fixed.encode(record, [v[None]], formats)
+        nibbles = np.stack([entry[0, 16:] & 15, entry[0, 16:] >> 4], axis=1).reshape(-1)
+        assert int.from_bytes(entry[0, :16].tobytes(), "little") == m
+        assert nibbles.tolist() == codes + [0] * (len(nibbles) - len(v))
+        assert fixed.decode(record, entry)[0][0].tolist() == values
 
 
 def test_the_entry_of_lenet5_has_70_beats() -> None:
@@ -245,9 +245,9 @@ def test_the_entry_of_lenet5_has_70_beats() -> None:
     entry = fixed.encode(spec.record, values, PROFILES["q24"])[0]
     assert len(entry) == 1120
     channel = values[0].reshape(6, 196)[1]
-    m, codes = fixed.quantise(channel, PROFILES["q24"])
-    assert int.from_bytes(entry[4:8].tobytes(), "little") == m
+    assert int.from_bytes(entry[4:8].tobytes(), "little") == np.abs(channel).max()
     second = entry[112 + 104 : 112 + 208]  # 196 codes, padded to 208
+    _, codes = fixed_codes(channel)
     assert [int(b) & 15 for b in second[:98]] == codes[::2].tolist()
     assert [int(b) >> 4 for b in second[:98]] == codes[1::2].tolist()
     assert not second[98:].any()

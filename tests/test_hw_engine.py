@@ -17,7 +17,8 @@ from instantft.cache.store import Store, memory_store
 from instantft.engine.reference import ReferenceEngine
 from instantft.errors import UsageError
 from instantft.hw import fixed
-from instantft.hw.engine import CODEC, FixedEngine
+from instantft.hw.engine import FixedEngine
+from instantft.hw.fixed import CODEC
 from instantft.hw.formats import PROFILES, Ints, nearest
 from instantft.hw.layout import CONFIGS, configured
 from instantft.methods import SGD_METHODS
@@ -50,7 +51,7 @@ def test_a_fine_tuning_is_that_of_the_specification(config: str, name: str, rank
 
     x0, seen = fixed.quantise_input(x, formats), fixed.Saturations()
     values = fixed.frozen(spec, fixed.fold(spec, tensors), x0, formats, seen)
-    *taps, c = (x0, *fixed.decode(spec.record, fixed.encode(spec.record, values, formats), formats))
+    *taps, c = (x0, *fixed.decode(spec.record, fixed.encode(spec.record, values, formats)))
 
     def ints(part: str) -> tuple[Ints, ...]:
         return tuple(nearest(tensors[f"lora.{k}-{spec.L}.{part}"], 12) for k in range(spec.L))
@@ -85,7 +86,7 @@ def test_the_cache_holds_the_entries_of_the_core() -> None:
         np.testing.assert_array_equal(scales, entries[:, :100].copy().view("<u4"))
         # Whoever reads it as nf4-hw sees the values that the core sees, but for the last bits of its format.
         rows = store.read(np.arange(3))
-        for s, v in zip(spec.record.segments, fixed.decode(spec.record, entries, formats), strict=True):
+        for s, v in zip(spec.record.segments, fixed.decode(spec.record, entries), strict=True):
             seen = rows[:, s.offset : s.offset + s.size]
             assert np.abs(seen - v / 2.0**formats.fraction).max() <= 0.5 * 2.0**-formats.fraction
 

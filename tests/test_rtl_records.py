@@ -69,7 +69,7 @@ def test_records_give_what_the_cache_holds(kind: Any, profile: str, lanes: int, 
         raw = rng.integers(-(1 << 23), 1 << 23, (count, size)).astype(np.int32)
         x0 = quantise_input(raw / 2.0**16, formats)
     labels = rng.integers(0, 16, count)
-    *taps, c = decode(net.record, entries, formats)
+    *taps, c = decode(net.record, entries)
     want = expected(build, [x0, *taps])
 
     dut = Records(build)

@@ -459,7 +459,8 @@ def _on_core(
     core: FixedEngine, network: Network, method: str, cache: str | None, memory_limit: str | None
 ) -> tuple[str, str]:
     """Method and cache of a fine-tuning on the hardware core."""
-    from ..hw.engine import CODEC, METHOD
+    from ..hw.engine import METHOD
+    from ..hw.fixed import CODEC
 
     core.build(network.spec)
     if method not in ("auto", METHOD):

@@ -18,17 +18,14 @@ from ..methods import Method
 from ..spec import NetSpec
 from ..tasks import Targets, as_targets
 from . import fixed
-from .fixed import Bytes, Saturations
+from .fixed import CODEC, Bytes, Saturations
 from .formats import Ints
 from .layout import Build, configured
 
-__all__ = ["CODEC", "METHOD", "FixedEngine", "FixedTrainer"]
+__all__ = ["METHOD", "FixedEngine", "FixedTrainer"]
 
 METHOD = "skip2-lora"
 """The one row of the methods' table that the core trains."""
-
-CODEC = "nf4-hw"
-"""The one codec of its cache."""
 
 MAX_SAMPLES = 1 << 24
 """Numbers that 24 bits hold (§7, ORDER)."""
@@ -83,7 +80,7 @@ class FixedEngine:
         params = fixed.adapter(spec, tensors, build.rank, formats)
         out = np.empty((len(x), spec.C), np.float32)
         for rows, x0, values in self._frozen(spec, tensors, x, self.seen):
-            *taps, c = fixed.decode(spec.record, fixed.encode(spec.record, values, formats), formats)
+            *taps, c = fixed.decode(spec.record, fixed.encode(spec.record, values, formats))
             out[rows] = fixed.forward(params, [x0, *taps], c, formats, self.seen)[1] / 2.0**formats.fraction
         return out
 
@@ -246,7 +243,7 @@ class FixedTrainer:
         """x^0 … x^(L-1) and c of a batch."""
         net, formats, store = self._build.net, self._build.formats, self._store
         entries = store.data[store.slots(self._numbers[rows])]
-        values = fixed.decode(net.record, _scaled(entries, net, formats.fraction - 16), formats)
+        values = fixed.decode(net.record, _scaled(entries, net, formats.fraction - 16))
         return [fixed.quantise_input(self._x[rows], formats), *values]
 
 

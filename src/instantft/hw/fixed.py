@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..cache.codecs import codec
 from ..engine import Tensors
 from ..engine.reference import BN_EPS
 from ..errors import UsageError
@@ -21,13 +22,11 @@ from .formats import (
     EXP_HIGH,
     EXP_LOW,
     INVERSE,
-    LEVELS,
     PARAMETER_FRACTION,
     PARAMETER_WIDTH,
     SCALED_WIDTH,
     STEP_FRACTION,
     STEP_WIDTH,
-    THRESHOLDS,
     Formats,
     Ints,
     nearest,
@@ -35,20 +34,19 @@ from .formats import (
 )
 
 __all__ = [
+    "CODEC",
     "Frozen",
     "Parameters",
     "Saturations",
     "Trace",
     "adapter",
     "decode",
-    "dequantise",
     "encode",
     "fold",
     "forward",
     "frozen",
     "parameter",
     "products",
-    "quantise",
     "quantise_input",
     "softmax",
     "step",
@@ -58,8 +56,11 @@ __all__ = [
 
 Bytes = NDArray[np.uint8]
 
-BLOCK = 16
-"""Codes of a block, and bytes to which scales and segments are padded."""
+CODEC = "nf4-hw"
+"""The codec of the cache (§3)."""
+
+UNIT = np.float32(1 << 16)
+"""Of the codec's integers."""
 
 STEP_ERROR = 0.01
 """By how much of itself η may be off once it is rounded."""
@@ -241,51 +242,22 @@ def frozen(net: NetSpec, network: Frozen, x0: Ints, formats: Formats, seen: Satu
 # -- §3, the cache ----------------------------------------------------------------------------------------------------
 
 
-def quantise(v: Ints, formats: Formats) -> tuple[Ints, Ints]:
-    """Scales m (…) and codes (…, n) of groups v (…, n)."""
-    m = np.minimum(np.abs(v).max(axis=-1), (1 << (formats.width - 1)) - 1)
-    codes = np.zeros(v.shape, np.int64)
-    for t in THRESHOLDS.tolist():
-        codes += v > shift(t * m, 16)[..., None]
-    return m, codes
-
-
-def dequantise(m: Ints, codes: Ints, formats: Formats) -> Ints:
-    """Values (…, n) of codes (…, n) under scales m (…)."""
-    return saturate(shift(LEVELS[codes] * m[..., None], 16), formats.width)[0]
-
-
 def encode(record: RecordSpec, values: Sequence[Ints], formats: Formats) -> Bytes:
-    """Cache entries (T, bytes) of records: x^1 … c, each (T, size)."""
-    T = len(values[0])
-    scales, codes = [], []
+    """Cache entries (T, bytes) of records: x^1 … c, each (T, size).
+
+    They are those of the product's codec, which is told that activations have 16 bits of fraction: it computes with the
+    integers alone. The one that has no negative becomes its neighbour, with the same code and the scale of §3.
+    """
+    rows = np.zeros((len(values[0]), record.width), np.float32)
     for s, v in zip(record.segments, values, strict=True):
-        m, code = quantise(v.reshape(T, s.groups, -1), formats)
-        scales.append(m)
-        padded = np.pad(code, ((0, 0), (0, 0), (0, -code.shape[-1] % BLOCK))).reshape(T, -1)
-        codes.append(_padded((padded[:, ::2] | padded[:, 1::2] << 4).astype(np.uint8)))
-    words = np.ascontiguousarray(np.concatenate(scales, axis=1), "<u4").view(np.uint8)
-    return np.concatenate([_padded(words), *codes], axis=1)
+        rows[:, s.offset : s.offset + s.size] = np.maximum(v, 1 - (1 << (formats.width - 1))) / UNIT
+    return codec(CODEC).encode(rows, record)
 
 
-def decode(record: RecordSpec, entries: Bytes, formats: Formats) -> list[Ints]:
+def decode(record: RecordSpec, entries: Bytes) -> list[Ints]:
     """x^1 … c, each (T, size), as training sees them."""
-    T, groups = len(entries), sum(s.groups for s in record.segments)
-    m = np.ascontiguousarray(entries[:, : 4 * groups]).view("<u4").astype(np.int64)
-    at, scale, out = -(-4 * groups // BLOCK) * BLOCK, 0, []
-    for s in record.segments:
-        each = s.size // s.groups
-        padded = -(-each // BLOCK) * BLOCK
-        length = s.groups * padded // 2
-        data = entries[:, at : at + length].astype(np.int64)
-        codes = np.stack([data & 15, data >> 4], axis=-1).reshape(T, s.groups, padded)[:, :, :each]
-        out.append(dequantise(m[:, scale : scale + s.groups], codes, formats).reshape(T, s.size))
-        at, scale = at + -(-length // BLOCK) * BLOCK, scale + s.groups
-    return out
-
-
-def _padded(data: Bytes) -> Bytes:
-    return np.pad(data, ((0, 0), (0, -data.shape[1] % BLOCK)))
+    rows = (codec(CODEC).decode(entries, record) * UNIT).astype(np.int64)
+    return [rows[:, s.offset : s.offset + s.size] for s in record.segments]
 
 
 # -- §4, the adapter --------------------------------------------------------------------------------------------------
