@@ -378,3 +378,17 @@ def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: py
             journal_in(tmp_path / "s")
     journal_in(tmp_path / "s").close()
     assert files.read_small(tmp_path / "s" / "journal.json", "")
+
+
+def test_a_folder_from_before_there_were_waiting_samples(tmp_path: Path) -> None:
+    journal_in(tmp_path).close()
+    (tmp_path / "waiting.bin").unlink()
+    journal = Journal(tmp_path, None, pending=None)
+    assert journal.waiting.capacity == 1
+    journal.close()
+    journal = journal_in(tmp_path, pending=30)
+    assert journal.waiting.capacity == 30
+    assert journal.notes == []
+    journal.close()
+    with pytest.raises(UsageError, match="pending 1, versions 2, bytes 1, not 600, 0"):
+        journal_in(tmp_path, pending=0)

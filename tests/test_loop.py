@@ -16,6 +16,7 @@ from instantft.errors import DivergedError, UsageError
 from instantft.watch.detectors import Seen
 from instantft.watch.journal import Journal
 from instantft.watch.loop import Command, Label, Loop, Sample, Skipped, Trace, Work
+from instantft.watch.replay import digest
 
 from .watched import Clock, at_once, journal_in, loop_on, named, run, samples, trained, world
 
@@ -96,8 +97,8 @@ def test_the_batch_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_labels_come_late_in_any_order_or_not_at_all(tmp_path: Path) -> None:
-    journal = journal_in(tmp_path)
-    loop = loop_on(journal, pending=300)
+    journal = journal_in(tmp_path, pending=300)
+    loop = loop_on(journal)
     x, y = world(1, 300, seed=1)
     run(loop, [Sample(row, f"n{i}") for i, row in enumerate(x)])
     assert len(journal.replay) == 0
@@ -500,14 +501,155 @@ def test_samples_reach_the_disk_every_few_seconds(tmp_path: Path, monkeypatch: p
     journal.close()
 
 
+def unlabelled(kind: int, T: int, seed: int, **more: Any) -> tuple[list[Sample], list[Label]]:
+    """Samples called u0, u1, …, and the labels that come later."""
+    x, y = world(kind, T, seed)
+    called = [Sample(row, f"u{i}", **more) for i, row in enumerate(x)]
+    return called, [Label(f"u{i}", int(label)) for i, label in enumerate(y)]
+
+
+def test_samples_that_wait_for_their_label_survive_a_restart(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path, pending=100)
+    loop = loop_on(journal)
+    waiting, labels = unlabelled(1, 80, 1)
+    run(loop, [*waiting[:60], *labels[:10], *waiting[60:]])
+    loop.keep()
+    predicted = {key: (p.number, p.predicted, p.version) for key, p in loop._pending.items()}
+    journal.close()
+    for restarts in range(2):
+        journal = journal_in(tmp_path, pending=100)
+        again = loop_on(journal)
+        assert journal.notes == []
+        assert again.summary()["pending"] == 70
+        assert {key: (p.number, p.predicted, p.version) for key, p in again._pending.items()} == predicted
+        assert again.feed(samples(0, 1))[0]["id"] == str(81 + restarts)
+        if restarts == 0:
+            journal.close()
+    events = run(again, labels, batch=8)
+    assert again.skipped == {"unknown id": 10}
+    assert again.counts["labels"] == 71
+    assert again.counts["right"] == 1 + sum(predicted[digest(a.name)][1] == a.label for a in labels[10:])
+    assert len(journal.replay) == 82
+    x, slots = journal.replay.rows(journal.replay.find(name="u70"))
+    assert journal.replay.number[slots].tolist() == [71]
+    np.testing.assert_array_equal(x[0], waiting[70].x)
+    assert not any((tmp_path / "waiting.bin").read_bytes()[4096:])
+    assert not named(events, "error")
+    journal.close()
+
+
+def test_only_what_still_waits_is_written_and_no_more_than_flash_bears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, clock = journal_in(tmp_path, pending=50), Clock()
+    loop = loop_on(journal, clock=clock)
+    monkeypatch.setattr("instantft.watch.loop.WRITTEN", 10 * journal.waiting.stride)
+    waiting, labels = unlabelled(0, 45, 1)
+    run(loop, [*waiting[:5], *labels[:5]])
+    clock.now += 6
+    loop.poll()
+    assert len(journal.waiting) == 0  # its label came first
+    run(loop, waiting[5:30])
+    assert len(journal.waiting) == 0
+    clock.now += 6
+    loop.poll()
+    assert sorted(journal.waiting.number.nonzero()[0]) == list(range(10))
+    assert sorted(journal.waiting.number)[-10:] == list(range(21, 31))  # the newest
+    clock.now += 6
+    loop.poll()
+    assert len(journal.waiting) == 10  # the others had their turn
+    run(loop, waiting[30:35])
+    clock.now += 6
+    loop.poll()
+    assert len(journal.waiting) == 15
+    loop.keep()  # at the end, all
+    assert len(journal.waiting) == 30
+    run(loop, waiting[35:] + [Sample(s.x) for s in samples(0, 30)])
+    assert loop.summary()["pending"] == 50
+    loop.keep()
+    assert len(journal.waiting) == 50
+    journal.close()
+    journal = journal_in(tmp_path, pending=20)  # fewer from now on: the newest
+    assert loop_on(journal).summary()["pending"] == 20
+    assert journal.waiting.number.min() == 56
+    journal.close()
+
+
+def test_a_sample_whose_label_came_with_the_crash_waits_no_more(tmp_path: Path) -> None:
+    """Between its label's way to the disk and its own way out, it is in both files."""
+    journal = journal_in(tmp_path)
+    loop = loop_on(journal)
+    waiting, labels = unlabelled(0, 4, 1)
+    run(loop, waiting)
+    loop.keep()
+    held = (tmp_path / "waiting.bin").read_bytes()
+    run(loop, labels[:2])
+    journal.close()
+    (tmp_path / "waiting.bin").write_bytes(held)
+    journal = journal_in(tmp_path)
+    loop = loop_on(journal)
+    assert loop.summary()["pending"] == 2
+    run(loop, labels)
+    assert loop.skipped == {"unknown id": 2}
+    assert len(journal.replay) == 4
+    journal.close()
+
+
+def test_what_a_user_takes_back_waits_no_more(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    loop = loop_on(journal)
+    anna, _ = unlabelled(0, 10, 1, user="anna")
+    bo = [Sample(s.x, f"b{i}", user="bo") for i, s in enumerate(samples(0, 10, seed=2))]
+    run(loop, [*anna, *bo])
+    loop.keep()
+    raw = (tmp_path / "waiting.bin").read_bytes()
+    assert all(s.x.tobytes() in raw for s in [*anna, *bo])
+    assert run(loop, [Command("forget", {"user": "anna"})])[0]["waiting"] == 10
+    assert run(loop, [Command("forget", {"id": "b3"})])[0]["waiting"] == 1
+    raw = (tmp_path / "waiting.bin").read_bytes()
+    assert not any(s.x.tobytes() in raw for s in [*anna, bo[3]])
+    assert all(s.x.tobytes() in raw for s in [*bo[:3], *bo[4:]])
+    journal.close()
+    journal = Journal(tmp_path, None, pending=None)  # as the command does where no watcher runs
+    assert journal.forget(None, "bo") == (0, 9)
+    journal.close()
+    assert not any((tmp_path / "waiting.bin").read_bytes()[4096:])
+
+
+def test_a_disk_that_refuses_costs_nothing_that_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = journal_in(tmp_path)
+    loop = loop_on(journal)
+    waiting, labels = unlabelled(0, 10, 1)
+    run(loop, waiting[:5])
+    loop.keep()
+    run(loop, waiting[5:])
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "pwrite", full)
+        loop.keep()
+        assert "No space left" in named(loop.poll(), "error")[0]["why"]
+        assert run(loop, labels[:1])[0]["event"] == "error"
+    assert loop.summary()["pending"] == 9
+    run(loop, labels[1:])
+    assert len(journal.replay) == 9
+    journal.close()
+
+
 def test_a_long_stream_takes_no_more_room(tmp_path: Path) -> None:
-    journal = journal_in(tmp_path, keep=100)
-    loop = loop_on(journal, pending=50)
+    journal = journal_in(tmp_path, keep=100, pending=50)
+    loop = loop_on(journal)
     size = (tmp_path / "samples.bin").stat().st_size
+    waiting = (tmp_path / "waiting.bin").stat().st_size
     for i in range(40):
         run(loop, [*samples(0, 100, seed=i), *[Sample(s.x) for s in samples(0, 20)]])
+        loop.keep()
     assert (tmp_path / "samples.bin").stat().st_size == size
+    assert (tmp_path / "waiting.bin").stat().st_size == waiting == journal.waiting.nbytes
     assert len(journal.replay) == 100
+    assert len(journal.waiting) == 50
     assert len(loop._pending) == 50
     assert len(loop.accuracy.points) < Trace.MOST
     journal.close()
@@ -547,7 +689,6 @@ def test_the_summary_is_json(tmp_path: Path) -> None:
     [
         ({"labels": 1}, "labels must be 2 to the samples kept"),
         ({"labels": 9999}, "labels must be 2 to the samples kept, 600"),
-        ({"pending": 0}, "pending at least 1"),
         ({"method": "ft-all"}, "leave the network as it is, not train its weights: ft-all"),
         ({"method": "magic"}, "method must be one of"),
     ],

@@ -57,8 +57,8 @@ class Clock:
         return self.now
 
 
-def journal_in(folder: Path, keep: int = 600, **more: Any) -> Journal:
-    return Journal(folder, trained(), keep=keep, **more)
+def journal_in(folder: Path, keep: int = 600, pending: int = 64, **more: Any) -> Journal:
+    return Journal(folder, trained(), keep=keep, pending=pending, **more)
 
 
 def loop_on(journal: Journal, **more: Any) -> Loop:

@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,7 +32,7 @@ from instantft.cache.store import DiskStore
 from instantft.errors import FileError, InstantFTError
 from instantft.tuner import FineTuner
 from instantft.watch.journal import Journal, Version, read_state
-from instantft.watch.loop import Command
+from instantft.watch.loop import Command, Label
 
 from ..samples import adapter
 from ..test_watching import command, environment, lines
@@ -125,7 +125,16 @@ def looping(folder: Path, seed: int, tell: Tell) -> None:
         for k in range(1000):
             tell("phase loop")
             kind = int(np.random.default_rng([seed, k]).integers(3))
-            loop.feed([*samples(kind, 60, seed + k), Command("adapt", {})])
+            waiting = [
+                replace(s, name=f"{seed}-{k}-{i}", label=None) for i, s in enumerate(samples(kind, 20, seed + k))
+            ]
+            loop.feed([*samples(kind, 60, seed + k), *waiting])
+            loop.keep()
+            tell("waits " + " ".join(str(s.name) for s in waiting))
+            for s in waiting[:10]:
+                tell(f"labels {s.name}")
+                loop.feed([Label(str(s.name), 0)])
+            loop.feed([Command("adapt", {})])
             tell("phase adaptation")
             while loop.busy:
                 loop.poll()
@@ -196,6 +205,10 @@ def judged(folder: Path, told: list[str], torn: bool) -> str:
             assert len(journal.replay) >= least, f"samples lost: {len(journal.replay)} of {least}"
         assert not [p for p in (folder / "state").iterdir() if p.name.endswith(".tmp")], "half-written files stay"
         loop = loop_on(journal, work=at_once, labels=30)
+        waits = next((line.split()[1:] for line in reversed(told) if line.startswith("waits")), [])
+        wanted = [Label(name, 0) for name in waits if f"labels {name}" not in told]
+        loop.feed(wanted)
+        assert loop.counts["labels"] == len(wanted), f"waiting samples lost: {loop.counts['labels']} of {len(wanted)}"
         asked = [Command("adapt", {})] if len(told) % 4 == 0 else []  # takes longer than all the rest
         events = loop.feed([*samples(0, 8, 1), *asked]) + loop.poll()
         assert len(named(events, "prediction")) == 8, "it does not go on"

@@ -51,7 +51,8 @@ def wipe(i: int, folder: Path) -> str:
         x = rng.normal(size=(80, 6)).astype(np.float32)
         for k in range(80):  # more than there is room for
             user = ["anna", "bert"][k % 2]
-            journal.replay.add(k + 1, 1.0, x[k], int(rng.integers(3)), name=f"n{k}", user=user)
+            samples = journal.waiting if k >= 70 else journal.replay  # and those that wait for their label
+            samples.add(k + 1, 1.0, x[k], int(rng.integers(3)), name=f"n{k}", user=user)
         journal.close()
         if rng.random() < 0.5:
             journal_in(place, keep=40).close()  # the file is written anew
@@ -63,7 +64,7 @@ def wipe(i: int, folder: Path) -> str:
             assert b"samples wiped" in out.stdout
         else:
             journal = journal_in(place, keep=40)
-            journal.replay.forget(journal.replay.find(user="anna"))
+            journal.forget(None, "anna")
             journal.close()
         pieces = [x[k].tobytes() for k in range(0, 80, 2)] + [digest("anna")]
         kept = [digest("bert")]

@@ -23,11 +23,7 @@ from .work import Seen, trials
 __all__ = ["stream", "wrong_labels"]
 
 POINT = 0.01
-"""By how much the live adapter may be worse than the better of the old and the new one: what is asked for."""
-
-TOLD = 0.02
-"""What the gate can tell at the worst, and what fails: with 30 % of the labels wrong, a gain of a point on clean labels
-is one of 0.55 on those there are, and 1.7 standard errors of 600 samples are 0.8."""
+"""By how much the live adapter may be worse than the better of the old and the new one, on average."""
 
 Rng = np.random.Generator
 Corrupt = Callable[[Rng, Any], Any]
@@ -123,7 +119,7 @@ def mislabelled(i: int, folder: Path) -> str:
 
 
 def wrong_labels(count: int) -> Seen:
-    """count: streams a case. Fails where the live adapter is on average TOLD below the better one."""
+    """count: streams a case. Fails where the live adapter is on average POINT below the better one."""
     found = trials(mislabelled, count * len(CASES), limit=120)
     rows = [[float(v) for v in line.split()] for line, n in found.outcomes.items() for _ in range(n)]
     found.outcomes.clear()
@@ -135,10 +131,8 @@ def wrong_labels(count: int) -> Seen:
         gap = np.maximum(mine[:, 0], mine[:, 1]) - mine[:, 2]
         shown = " ".join(f"{100 * v:6.2f}" for v in mine.mean(axis=0))
         print(f"{name:<66} {shown} {100 * gap.max():9.2f}", file=sys.stderr)
-        if gap.mean() > TOLD:
+        if gap.mean() > POINT:
             found.failures.append(f"{name}: {100 * gap.mean():.1f} points below the better one on average")
-        elif gap.mean() > POINT:
-            found.outcomes[f"case beyond a point: {name}, {100 * gap.mean():.1f}"] += 1
         else:
             found.outcomes["cases within a point on average"] += 1
     return found
@@ -159,8 +153,8 @@ KEPT, VERSIONS = 400, 8
 def day(n: int, folder: Path) -> str:
     """n samples: 10 % labelled at once, 10 % late, the rest never; a world that turns; now and then garbage."""
     clock, rng = Clock(), np.random.default_rng(8)
-    journal = journal_in(folder / "day", keep=KEPT, versions=VERSIONS)
-    loop = loop_on(journal, clock=clock, pending=2000)
+    journal = journal_in(folder / "day", keep=KEPT, pending=2000, versions=VERSIONS)
+    loop = loop_on(journal, clock=clock)
     worlds = [world(kind, 4096, kind) for kind in range(6)]
     turn = max(2000, n // 60)
     memory: list[tuple[int, int]] = []
@@ -193,9 +187,9 @@ def day(n: int, folder: Path) -> str:
             sizes = [p.stat().st_size for p in (folder / "day").rglob("*") if p.is_file()]
             files.append(sum(sizes))
             most = max((v.size for v in journal.state.versions.values()), default=0)
-            bound = max(bound, journal.replay.nbytes + VERSIONS * most + 2 * (1 << 20))
+            bound = max(bound, journal.replay.nbytes + journal.waiting.nbytes + VERSIONS * most + 2 * (1 << 20))
             assert files[-1] <= bound, f"{files[-1]} bytes of files, more than {bound}"
-            assert len(sizes) <= 5 + 2 * VERSIONS, f"{len(sizes)} files"
+            assert len(sizes) <= 6 + 2 * VERSIONS, f"{len(sizes)} files"
     at, used = np.array([m for m in memory if m[0] >= n // 5]).T
     slope = float(np.polyfit(at, used, 1)[0]) * n if len(at) > 2 else 0.0
     grown = int(used[-1] - used[0])

@@ -144,7 +144,9 @@ def watch(
         start = broker.start
     else:
         start = _reader(source, form, network.spec, means, stds, put, over).start
-    journal = Journal(Path(folder), network, means, stds, keep=keep, versions=versions, max_bytes=max_bytes)
+    journal = Journal(
+        Path(folder), network, means, stds, keep=keep, pending=pending, versions=versions, max_bytes=max_bytes
+    )
     page: Page | None = None
     try:
         if where is not None:
@@ -160,7 +162,6 @@ def watch(
                 cache=cache,
                 seed=seed,
                 labels=labels,
-                pending=pending,
                 known=known,
                 allow_missing=allow_missing,
                 meter=power.meter,
@@ -168,6 +169,7 @@ def watch(
             with _stopped_by(signal.SIGTERM, over):
                 start()
                 _run(loop, journal, page, broker, messages, over, predictions, status)
+                loop.keep()
     finally:
         over.set()
         if broker is not None:
@@ -388,7 +390,7 @@ def rollback(folder: str, to: int | None, as_json: bool) -> None:
 @click.option("--all", "everything", is_flag=True, help="All samples.")
 @json_option
 def forget(folder: str, name: str | None, user: str | None, everything: bool, as_json: bool) -> None:
-    """Wipe labelled samples from a watcher's STATE folder, whether the watcher runs or not.
+    """Wipe samples from a watcher's STATE folder, whether the watcher runs or not.
 
     Adapters that were fitted to them stay: roll back, or let the watcher adapt again, which it does without them.
     """
@@ -398,9 +400,7 @@ def forget(folder: str, name: str | None, user: str | None, everything: bool, as
     wiped: list[int] = []
 
     def alone(journal: Journal) -> None:
-        slots = journal.replay.find(name=name, user=user)
-        journal.replay.forget(slots)
-        wiped.append(len(slots))
+        wiped.append(sum(journal.forget(name, user)))
 
     _do(folder, {key: value for key, value in request.items() if value}, alone)
     if as_json:
@@ -419,7 +419,7 @@ def _do(folder: str, request: Mapping[str, Any], alone: Callable[[Journal], None
     from ..watch.journal import REQUEST, Journal, ask
 
     if not ask(Path(folder), request):
-        journal = Journal(Path(folder), None)
+        journal = Journal(Path(folder), None, pending=None)
         try:
             alone(journal)
         finally:

@@ -3,6 +3,7 @@
     journal.json, journal.bak    what is committed, twice
     adapters/000003/             an adapter; never changed once it is there
     samples.bin                  labelled samples (`replay`)
+    waiting.bin                  samples that wait for their label, in the same form
     lock                         held by whoever works in the folder
     request.json                 what a command asks of the watcher that holds the lock
     token                        of the page, for its owner's eyes
@@ -45,7 +46,14 @@ FROZEN = 0
 """The version that is the network itself, without an adapter."""
 
 JOURNALS = ("journal.json", "journal.bak")
-ADAPTERS, SAMPLES, LOCK, REQUEST, TOKEN = "adapters", "samples.bin", "lock", "request.json", "token"
+ADAPTERS, SAMPLES, WAITING, LOCK = "adapters", "samples.bin", "waiting.bin", "lock"
+REQUEST, TOKEN = "request.json", "token"
+
+PENDING = 4096
+"""Samples that wait for their label at most."""
+
+PENDING_BYTES = 64 << 20
+"""Most room for them, in memory and on the disk."""
 
 SWITCHES = 500
 """How many switches are remembered: the newest."""
@@ -139,12 +147,14 @@ class Journal:
         base: the network; None: whichever the folder belongs to, which must be there then.
         mean, std: what samples are centred on and divided by, where there is a base.
         keep: labelled samples that are kept; None: as many as before.
+        pending: samples that wait for their label at most, if they fit in PENDING_BYTES; None: as many as before.
         versions: adapters that are kept at most, at least 2.
         max_bytes: of all adapters together.
 
     Attributes:
         state: what is committed.
         replay: the labelled samples.
+        waiting: those that wait for their label. What stands for it is the prediction, and the version that made it.
         live: the adapter in use; None: the frozen network.
         notes: what had to be put right, in words; whoever reads it may empty it.
 
@@ -161,11 +171,13 @@ class Journal:
         std: tuple[float, ...] = (),
         *,
         keep: int | None = None,
+        pending: int | None = PENDING,
         versions: int = 8,
         max_bytes: int = 64 << 20,
     ) -> None:
-        if (keep is not None and keep < 1) or versions < 2 or max_bytes < 1:
-            raise UsageError(f"keep must be at least 1, versions 2, bytes 1, not {keep}, {versions}, {max_bytes}")
+        if (keep is not None and keep < 1) or (pending is not None and pending < 1) or versions < 2 or max_bytes < 1:
+            given = f"{keep}, {pending}, {versions}, {max_bytes}"
+            raise UsageError(f"keep must be at least 1, pending 1, versions 2, bytes 1, not {given}")
         self.folder, self._most, self._max_bytes = folder, versions, max_bytes
         self.notes: list[str] = []
         fresh = (
@@ -178,18 +190,29 @@ class Journal:
                 (folder / REQUEST).unlink(missing_ok=True)  # of somebody who has given up waiting
             self._clean()
             self.live = self._usable()
+            if pending is not None:
+                pending = max(1, min(pending, PENDING_BYTES // (4 * fresh.values)))
+            elif not (folder / WAITING).exists():
+                pending = 1  # of a folder that an earlier version of this program made
             self.replay = Replay(folder / SAMPLES, fresh.values, fresh.classes, keep)
-            if self.replay.damaged:
-                self.notes.append(f"{self.replay.damaged} samples were damaged or unfinished: they are dropped")
+            try:
+                self.waiting = Replay(folder / WAITING, fresh.values, fresh.classes, pending)
+            except BaseException:
+                self.replay.close()
+                raise
+            damaged = self.replay.damaged + self.waiting.damaged
+            if damaged:
+                self.notes.append(f"{damaged} samples were damaged or unfinished: they are dropped")
         except BaseException:
             os.close(self._lock)
             raise
 
     def close(self) -> None:
         """Write what is still to be written, and let others work here."""
-        with contextlib.suppress(FileError):
-            self.replay.sync()
-        self.replay.close()
+        for store in (self.replay, self.waiting):
+            with contextlib.suppress(FileError):
+                store.sync()
+            store.close()
         os.close(self._lock)
 
     def commit(self, adapter: Adapter, version: Version, why: str) -> None:
@@ -281,10 +304,24 @@ class Journal:
         with contextlib.suppress(OSError):
             (self.folder / REQUEST).unlink(missing_ok=True)
 
+    def forget(self, name: str | None, user: str | None) -> tuple[int, int]:
+        """Wipe the samples with this id, or of this user, or all: first those that wait for their label.
+
+        Returns:
+            How many were labelled, and how many waited.
+
+        Raises:
+            FileError: the disk refuses.
+        """
+        found = [(store, store.find(name=name, user=user)) for store in (self.waiting, self.replay)]
+        for store, slots in found:
+            store.forget(slots)
+        return len(found[1][1]), len(found[0][1])
+
     @property
     def nbytes(self) -> int:
         """Bytes of adapters and samples."""
-        return self.replay.nbytes + sum(v.size for v in self.state.versions.values())
+        return self.replay.nbytes + self.waiting.nbytes + sum(v.size for v in self.state.versions.values())
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -388,7 +425,7 @@ class Journal:
                 ours = re.fullmatch(r"\d{6}|\.\d{6}\.[0-9a-f]{8}\.(new|old)", place.name)
                 if ours and place.name not in kept:
                     shutil.rmtree(place, ignore_errors=True)
-        names = "|".join(re.escape(name) for name in (*JOURNALS, SAMPLES, REQUEST, TOKEN))
+        names = "|".join(re.escape(name) for name in (*JOURNALS, SAMPLES, WAITING, REQUEST, TOKEN))
         with contextlib.suppress(OSError):
             for path in self.folder.iterdir():
                 if re.fullmatch(rf"\.({names})\.[0-9a-f]{{8}}\.tmp", path.name):

@@ -41,6 +41,7 @@ from ..solvers.gate import INTERVAL, SURE, Decision, gate
 from ..tuner import FineTuner
 from .detectors import Adwin, Seen, World
 from .journal import FROZEN, Journal, Version
+from .replay import digest
 
 __all__ = ["Command", "Event", "Label", "Loop", "Message", "Sample", "Skipped", "Work"]
 
@@ -60,8 +61,8 @@ LOOKS = (32, 64, 128, 256, 512)
 PROMISE = 256
 """Samples that an estimated accuracy counts for at most, before the live adapter's errors are known."""
 
-PENDING_BYTES = 64 << 20
-"""Most memory for samples whose label is still to come."""
+WRITTEN = 320 << 10
+"""Bytes of samples that wait for their label which go to the disk with one SYNC: 64 KiB a second wear out no flash."""
 
 SHOWN = 10
 """Skipped messages of one kind that are told one by one; the rest are counted."""
@@ -112,14 +113,18 @@ class Skipped:
 Message = Sample | Label | Command | Skipped
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Pending:
-    """A sample whose label is still to come, and what was predicted of it."""
+    """A sample whose label is still to come, what was predicted of it and by which version, digests of its id and its
+    user, and where in the journal's `waiting` it is; -1: not yet."""
 
     number: int
-    sample: Sample
+    x: Floats
     version: int
     predicted: int
+    id: bytes
+    user: bytes
+    slot: int = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +183,6 @@ class Loop:
         work: starts an adaptation in the background.
         method, cache, seed: as for `FineTuner`; a method that leaves the network as it is.
         labels: labelled samples of the new world that the first adaptation needs.
-        pending: samples that wait for their label at most.
         known: what the world looked like to the network that it was trained in; None: as the base says, or not known.
         allow_missing: whether to adapt though no sample of some class was ever seen.
         clock: seconds since 1970.
@@ -199,25 +203,20 @@ class Loop:
         cache: str | None = None,
         seed: int = 0,
         labels: int = LABELS,
-        pending: int = 4096,
         known: Seen | None = None,
         allow_missing: bool = False,
         clock: Callable[[], float] = time.time,
         meter: Meter = lambda: lambda: None,
     ) -> None:
-        if not 2 <= labels <= journal.replay.capacity or pending < 1:
-            raise UsageError(
-                f"labels must be 2 to the samples kept, {journal.replay.capacity}, and pending at least 1, "
-                f"not {labels} and {pending}"
-            )
+        if not 2 <= labels <= journal.replay.capacity:
+            raise UsageError(f"labels must be 2 to the samples kept, {journal.replay.capacity}, not {labels}")
         self._tuner = FineTuner(base, method=method, cache=cache, seed=seed, engine=engine)
         row = self._tuner.row(labels)
         if not row.rows_only:
             raise UsageError(f"a watcher's method must leave the network as it is, not train its weights: {row.name}")
         self._base, self._engine, self._journal, self._work = base, engine, journal, work
         self._labels, self._allow_missing, self._clock, self._meter = labels, allow_missing, clock, meter
-        self._most_pending = max(1, min(pending, PENDING_BYTES // (4 * base.spec.geometry[0].N)))
-        self._pending: OrderedDict[str, _Pending] = OrderedDict()
+        self._pending: OrderedDict[bytes, _Pending] = OrderedDict()
         self._events: list[Event] = []
         self._job: Future[_Outcome] | None = None
         self._stale = self._full = False
@@ -230,12 +229,14 @@ class Loop:
         self._known = Seen.read(base.seen, base.spec.tap_widths) if known is None else known
         self._world = World()
         self._began = self._synced = clock()
-        self._number = max(int(journal.replay.number.max(initial=0)), journal.state.since)
+        stores = journal.replay, journal.waiting
+        self._number = max(journal.state.since, *(int(store.number.max(initial=0)) for store in stores))
         self._fresh = self._fresh_since(journal.state.since)
         self._next = labels
         while self._next <= self._fresh // 2:
             self._next *= 2
         self._take_live()
+        self._wait_again()
         self._notes()
 
     # -- what is asked of it ------------------------------------------------------------------------------------------
@@ -271,9 +272,23 @@ class Loop:
             self._consider()
         if self._clock() - self._synced >= SYNC:
             self._synced = self._clock()
-            self._try(self._journal.replay.sync)
+            self.keep(WRITTEN)
         self._notes()
         return self._told()
+
+    def keep(self, room: int | None = None) -> None:
+        """See to it that the disk has the samples: all labelled ones, and of those that wait the newest that fit into
+        so many bytes; None: all."""
+        waiting = self._journal.waiting
+        for p in reversed(self._pending.values()):
+            if p.slot >= 0 and room is not None:
+                break  # it had its turn, and so had those before
+            if p.slot < 0:
+                room = None if room is None else room - waiting.stride
+                if (room is not None and room < 0) or not self._try(lambda p=p: self._write(p)):  # type: ignore[misc]
+                    break
+        for store in (self._journal.replay, waiting):
+            self._try(store.sync)
 
     def summary(self) -> dict[str, Any]:
         """What is going on, in JSON values."""
@@ -301,7 +316,7 @@ class Loop:
             "drift": list(self.drift.points),
             "kept": len(replay),
             "capacity": replay.capacity,
-            "sample_bytes": replay.nbytes,
+            "sample_bytes": replay.nbytes + self._journal.waiting.nbytes,
             "adapter_bytes": sum(v.size for v in state.versions.values()),
             "adaptation_seconds": self._spent[0],
             "joules": self._spent[1],
@@ -350,37 +365,66 @@ class Loop:
             self._number += 1
             self.counts["samples"] += 1
             name = str(self._number) if sample.name is None else sample.name
+            key = digest(name)
             guess = int(predicted[i])
             self._tell("prediction", id=name, label=guess, confidence=round(float(confidence[i]), 4), version=version)
             self._look(1 - float(confidence[i]), [tap[i : i + 1] for tap in taps])
-            seen = _Pending(self._number, replace(sample, name=name), version, guess)
+            seen = _Pending(self._number, sample.x, version, guess, key, digest(sample.user))
             if sample.label is not None:
                 self._labelled(seen, sample.label, sample.trusted, [int(said[i]) for said in rivals])
             else:
-                self._pending.pop(name, None)
-                self._pending[name] = seen
-                if len(self._pending) > self._most_pending:
-                    self._pending.popitem(last=False)
+                self._done_waiting(key)
+                if len(self._pending) == self._journal.waiting.capacity:
+                    self._done_waiting(next(iter(self._pending)))
                     self.counts["never labelled"] += 1
+                self._pending[key] = seen
         return None
 
+    def _wait_again(self) -> None:
+        """What waited when the watcher ended. A sample whose label came just before waits no more."""
+        waiting, replay = self._journal.waiting, self._journal.replay
+        slots = np.flatnonzero(waiting.number)
+        x, slots = waiting.rows(slots[np.argsort(waiting.number[slots])])
+        labelled = np.isin(waiting.number[slots], replay.number)
+        for row, slot, done in zip(x, slots.tolist(), labelled.tolist(), strict=True):
+            name, user = waiting.owner(slot)
+            number, version, guess = (int(a[slot]) for a in (waiting.number, waiting.version, waiting.label))
+            self._done_waiting(name)  # there are no two of one id, unless somebody has made them
+            self._pending[name] = _Pending(number, row, version, guess, name, user, slot)
+            if done:
+                self._done_waiting(name)
+
+    def _write(self, p: _Pending) -> None:
+        p.slot = self._journal.waiting.add(
+            p.number, self._clock(), p.x, p.predicted, name=p.id, user=p.user, version=p.version
+        )
+
+    def _done_waiting(self, name: bytes) -> _Pending | None:
+        """The sample of this id, which waits no more, here and on the disk."""
+        p = self._pending.pop(name, None)
+        if p is not None and p.slot >= 0:
+            slot = p.slot
+            self._try(lambda: self._journal.waiting.drop(slot))
+        return p
+
     def _take_label(self, message: Label) -> None:
-        seen = self._pending.pop(message.name, None)
+        seen = self._pending.get(digest(message.name))
         if seen is None:
             return self.skip("unknown id", "a label must be of a sample that still waits for one")
-        return self._labelled(seen, message.label, message.trusted)
+        self._labelled(seen, message.label, message.trusted)
+        self._done_waiting(seen.id)  # last, so that a crash in between loses nothing
+        return None
 
     def _labelled(self, seen: _Pending, label: int, trusted: bool, rivals: Sequence[int] | None = None) -> None:
         """What follows from knowing a sample's label; `rivals`: what those said of it, if they were asked."""
-        sample, live = seen.sample, self._journal.state.live
+        live = self._journal.state.live
         self.counts["labels"] += 1
         self.counts["right"] += seen.predicted == label
         self.accuracy.add(float(seen.predicted == label))
-        guess = seen.predicted if seen.version == live else self._predict(self._tensors, sample.x)
-        name = sample.name or ""
+        guess = seen.predicted if seen.version == live else self._predict(self._tensors, seen.x)
         if self._try(
             lambda: self._journal.replay.add(
-                seen.number, self._clock(), sample.x, label, name=name, user=sample.user, trusted=trusted
+                seen.number, self._clock(), seen.x, label, name=seen.id, user=seen.user, trusted=trusted
             )
         ):
             self._fresh += seen.number >= self._journal.state.since and not trusted
@@ -392,7 +436,7 @@ class Loop:
         self.drift.add(self._score())
         if self._rivals:
             if rivals is None or seen.version != live:
-                rivals = [self._predict(tensors, sample.x) for tensors in self._rivals.values()]
+                rivals = [self._predict(tensors, seen.x) for tensors in self._rivals.values()]
             self._compare(guess == label, [said == label for said in rivals], trusted)
         self._consider()
 
@@ -701,21 +745,23 @@ class Loop:
         name, user = given.get("id"), given.get("user")
         if (isinstance(name, str) or isinstance(user, str)) == (given.get("all") is True):
             return self.skip("command", "what is forgotten must be an id, a user, or all")
-        replay = self._journal.replay
-        slots = replay.find(name=name if isinstance(name, str) else None, user=user if isinstance(user, str) else None)
-        gone = [
-            key
-            for key, p in self._pending.items()
-            if (name is None or key == name) and (user is None or p.sample.user == user)
-        ]
+        name, user = (value if isinstance(value, str) else None for value in (name, user))
+        keys = [None if value is None else digest(value) for value in (name, user)]
+        gone = [key for key, p in self._pending.items() if keys[0] in (None, key) and keys[1] in (None, p.user)]
+        wiped = [0, 0]
+
+        def wipe() -> None:
+            wiped[:] = self._journal.forget(name, user)
+
+        self._world.forget()
+        done = self._try(wipe)
         for key in gone:
             del self._pending[key]
-        self._world.forget()
-        if not self._try(lambda: replay.forget(slots)):
+        if not done:
             return None
         self._stale = True
         self._fresh = self._fresh_since(self._journal.state.since)
-        return self._tell("forgot", samples=len(slots), waiting=len(gone))
+        return self._tell("forgot", samples=wiped[0], waiting=len(gone))
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

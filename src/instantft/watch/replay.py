@@ -1,4 +1,5 @@
-"""Labelled samples on disk, that survive a restart: the replay store (docs/formats.md).
+"""Samples on disk, that survive a restart: the replay store, of labelled ones; and in a file of the same form those
+that wait for their label (docs/formats.md).
 
 One file of fixed size with a record a slot, each with a checksum of its own, so that a crash costs the record that was
 being written and no other. When all slots are taken **the oldest sample goes, but of no class the last few** (a quarter
@@ -45,8 +46,10 @@ TRUSTED = 1
 """Flag of a sample whose label is beyond doubt."""
 
 
-def digest(name: str) -> bytes:
-    """16 bytes that stand for an id or a user's name; the name itself is not kept."""
+def digest(name: str | bytes) -> bytes:
+    """16 bytes that stand for an id or a user's name, or are such bytes already; the name itself is not kept."""
+    if isinstance(name, bytes):
+        return name
     return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -63,6 +66,7 @@ class Replay:
         number: (K,) int64, when the sample came, counted from 1; 0 where the slot is empty.
         label: (K,) int32.
         trusted: (K,) bool.
+        version: (K,) int64, of the adapter that gave the label, where it is a prediction; else 0.
         damaged: records that were found damaged on opening, and dropped.
 
     Raises:
@@ -80,7 +84,7 @@ class Replay:
                 ("id", "u1", 16),
                 ("user", "u1", 16),
                 ("flags", "<u4"),
-                ("spare", "<u4"),
+                ("version", "<u4"),
                 ("x", "<f4", N),
             ]
         )
@@ -111,15 +115,28 @@ class Replay:
         return PAGE + self.capacity * self.stride
 
     def add(
-        self, number: int, time: float, x: Floats, label: int, *, name: str, user: str = "", trusted: bool = False
-    ) -> None:
+        self,
+        number: int,
+        time: float,
+        x: Floats,
+        label: int,
+        *,
+        name: str | bytes,
+        user: str | bytes = "",
+        trusted: bool = False,
+        version: int = 0,
+    ) -> int:
         """Keep a sample; what has been written is on the disk after `sync`.
 
         Args:
             number: greater than those of all samples before it, or that of one whose label came late.
             time: seconds since 1970.
             x: (N,) as the network sees it.
-            name, user: by which it can be forgotten.
+            name, user: by which it can be forgotten, or their digests.
+            version: of the adapter that gave the label, where it is a prediction.
+
+        Returns:
+            Its slot.
 
         Raises:
             FileError: the disk refuses; then the slot is empty.
@@ -127,6 +144,7 @@ class Replay:
         slot = self._slot(label, trusted)
         record = np.zeros((), self._dtype)
         record["label"], record["number"], record["time"], record["flags"] = label, number, time, trusted * TRUSTED
+        record["version"] = version
         record["id"], record["user"] = (np.frombuffer(digest(text), np.uint8) for text in (name, user))
         record["x"] = x
         raw = bytearray(record.tobytes())
@@ -134,6 +152,7 @@ class Replay:
         self.number[slot] = 0  # until it is written whole
         self._write(slot, bytes(raw))
         self._index(slot, record)
+        return slot
 
     def rows(self, slots: Slots) -> tuple[Floats, Slots]:
         """x (T, N) of the samples in these slots, and the slots themselves without those found damaged meanwhile."""
@@ -141,12 +160,12 @@ class Replay:
         for i, slot in enumerate(slots.tolist()):
             record = self._read(slot)
             if record is None or int(record["number"]) != int(self.number[slot]):
-                self._drop(slot)
+                self._lost(slot)
                 continue
             x[i], good[i] = record["x"], True
         return x[good], slots[good]
 
-    def find(self, *, name: str | None = None, user: str | None = None) -> Slots:
+    def find(self, *, name: str | bytes | None = None, user: str | bytes | None = None) -> Slots:
         """Slots of the samples with this id, or of this user; of all where neither is given."""
         found = self.number > 0
         for text, column in ((name, self._ids), (user, self._users)):
@@ -161,9 +180,21 @@ class Replay:
             FileError: the disk refuses.
         """
         for slot in slots.tolist():
-            self._write(slot, bytes(self.stride))
-            self.number[slot] = 0
+            self.drop(slot)
         self.sync()
+
+    def drop(self, slot: int) -> None:
+        """Overwrite the sample in a slot with zeros, which the disk has after `sync`.
+
+        Raises:
+            FileError: the disk refuses.
+        """
+        self._write(slot, bytes(self.stride))
+        self.number[slot] = 0
+
+    def owner(self, slot: int) -> tuple[bytes, bytes]:
+        """Digests of the id and the user of the sample in a slot."""
+        return self._ids[slot].tobytes(), self._users[slot].tobytes()
 
     def sync(self) -> None:
         """Wait until the disk has what was written.
@@ -201,10 +232,10 @@ class Replay:
 
     def _index(self, slot: int, record: Any) -> None:
         self.number[slot], self.label[slot] = record["number"], record["label"]
-        self.trusted[slot] = bool(record["flags"] & TRUSTED)
+        self.trusted[slot], self.version[slot] = bool(record["flags"] & TRUSTED), record["version"]
         self._ids[slot], self._users[slot] = record["id"], record["user"]
 
-    def _drop(self, slot: int) -> None:
+    def _lost(self, slot: int) -> None:
         self.number[slot] = 0
         self.damaged += 1
 
@@ -224,9 +255,11 @@ class Replay:
     def _read(self, slot: int) -> Any:
         """The record in a slot; None if it is damaged or empty."""
         try:
-            raw = os.pread(self._fd, self.stride, PAGE + slot * self.stride)
+            return self._parsed(os.pread(self._fd, self.stride, PAGE + slot * self.stride))
         except OSError:
             return None  # a bad block is one damaged record
+
+    def _parsed(self, raw: bytes) -> Any:
         if len(raw) < self.stride or not any(raw[:16]):
             return None
         record = np.frombuffer(raw, self._dtype)[0]
@@ -268,14 +301,21 @@ class Replay:
             _allocate(self._fd, self.nbytes)
         if os.pread(self._fd, PAGE, 0) != self._header():
             os.pwrite(self._fd, self._header(), 0)
+        empty = bytes(self.stride)
         for slot in range(self.capacity):
-            record = self._read(slot)
+            try:
+                raw = os.pread(self._fd, self.stride, PAGE + slot * self.stride)
+            except OSError:
+                continue  # a bad block is one damaged record
+            if raw == empty:
+                continue
+            record = self._parsed(raw)
             if record is not None:
                 self._index(slot, record)
-            elif any(os.pread(self._fd, self.stride, PAGE + slot * self.stride)):
+            else:
                 # What a crash has left half written is wiped, so that nothing of it can be read later.
-                self._drop(slot)
-                self._write(slot, bytes(self.stride))
+                self._lost(slot)
+                self._write(slot, empty)
         return self.sync()
 
     def _empty(self, capacity: int) -> None:
@@ -283,6 +323,7 @@ class Replay:
         self.number = np.zeros(capacity, np.int64)
         self.label = np.zeros(capacity, np.int32)
         self.trusted = np.zeros(capacity, bool)
+        self.version = np.zeros(capacity, np.int64)
         self._ids = np.zeros((capacity, 16), np.uint8)
         self._users = np.zeros((capacity, 16), np.uint8)
 
