@@ -1,0 +1,81 @@
+"""Memories of the core: one write port, one registered read port, in as many banks as the device wants.
+
+A bank is as deep as a memory block of its style is where it is widest, so that tools need not find the cut themselves
+(yosys never finishes with one huge memory). The last bank, where little is left for it, takes the next smaller style.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from amaranth import Module, Signal
+from amaranth.lib import wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+
+__all__ = ["LATENCY", "Store", "Style"]
+
+Style = Literal["distributed", "block", "ultra"]
+"""What Xilinx' and Lattice's tools call LUT RAM, block RAM (RAMB36, EBR) and UltraRAM."""
+
+LATENCY = 2
+"""Cycles from `read_address` to `read_data`."""
+
+DEPTH: dict[Style, int] = {"distributed": 64, "block": 1024, "ultra": 4096}
+SMALLER: dict[Style, tuple[int, Style]] = {"block": (128, "distributed"), "ultra": (512, "block")}
+"""The last bank's style where it has at most so many words."""
+
+
+class Store(wiring.Component):
+    """A memory.
+
+    Args:
+        width: bits of a word.
+        depth: words.
+        style: what it is made of.
+
+    Ports:
+        write, write_address, write_data: a word, written at the end of the cycle.
+        read_address: of the word that is in read_data LATENCY cycles later. A word that is written while it is read
+            comes as it was before. Beyond the depth: any word.
+    """
+
+    def __init__(self, width: int, depth: int, style: Style) -> None:
+        self.width, self.depth, self.style = width, depth, style
+        super().__init__(
+            {
+                "write": In(1),
+                "write_address": In(range(depth)),
+                "write_data": In(width),
+                "read_address": In(range(depth)),
+                "read_data": Out(width),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        each = DEPTH[self.style]
+        bits = each.bit_length() - 1
+        write_bank, read_bank = self.write_address[bits:], Signal.like(self.read_address[bits:], reset_less=True)
+        m.d.sync += read_bank.eq(self.read_address[bits:])
+        words = []
+        for i, first in enumerate(range(0, self.depth, each)):
+            style, size = self.style, min(each, self.depth - first)
+            while i and style in SMALLER and size <= SMALLER[style][0]:
+                style = SMALLER[style][1]
+            m.submodules[f"bank{i}"] = bank = Memory(shape=self.width, depth=size, init=[], attrs={"ram_style": style})
+            write, read = bank.write_port(), bank.read_port()
+            m.d.comb += [
+                write.en.eq(self.write & (write_bank == i)),
+                write.addr.eq(self.write_address[:bits]),
+                write.data.eq(self.write_data),
+                read.addr.eq(self.read_address[:bits]),
+            ]
+            words.append(read.data)
+        out = Signal(self.width, reset_less=True)
+        with m.Switch(read_bank):
+            for i, word in enumerate(words):
+                with m.Case(i):
+                    m.d.sync += out.eq(word)
+        m.d.comb += self.read_data.eq(out)
+        return m
