@@ -446,7 +446,7 @@ BAD: list[tuple[str, Callable[[], Any], tuple[Any, ...], str]] = [
         "engine",
         nothing,
         ("finetune", "base.safetensors", "--data", "ft.npz", "--out", "new", "--engine", "gpu"),
-        "engine must be one of native, reference, not 'gpu'",
+        "engine must be one of native, reference, fixed, not 'gpu'",
     ),
     ("mean", nothing, (*FINETUNE, "new", "--mean", "a,b"), "--mean must be numbers"),
     ("means", nothing, (*FINETUNE, "new", "--mean", "1,2"), "mean must have one value or one a channel (6), not 2"),
