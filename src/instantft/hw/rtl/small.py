@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from amaranth import Array, Cat, Const, Module, Mux, Signal, signed
-from amaranth.lib import data, memory, wiring
+from amaranth.lib import memory, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
 
@@ -202,9 +202,10 @@ class Small(wiring.Component):
     def _logits(self, m: Module, ring: list[Any], end: Any) -> None:
         """y = sat(round(ring + gain·c + bias)), class by class, which go into `y`."""
         build, C = self.build, self.build.net.C
-        bias = Signal(data.ArrayLayout(WORD, CHANNELS))
+        bias = Signal(values(build.formats.width, CHANNELS))
         with m.If(self.bias):
-            m.d.sync += bias.eq(Cat(bias.as_value()[8 * BEAT :], self.data))
+            words = [self.data.word_select(i, WORD)[: build.formats.width] for i in range(8 * BEAT // WORD)]
+            m.d.sync += bias.eq(Cat(*list(bias)[len(words) :], *words))
 
         running, index, last = again(m, end, C, "y")
         with m.If(end):
@@ -217,7 +218,7 @@ class Small(wiring.Component):
         with m.If(running):
             m.d.sync += [ring[i].eq(ring[i + 1]) for i in range(C - 1)]
         offset = Signal(signed(build.formats.width), reset_less=True)
-        m.d.sync += offset.eq(Array(bias[c][: build.formats.width] for c in range(C))[index])
+        m.d.sync += offset.eq(Array(bias[c] for c in range(C))[index])
         partial = Signal.like(ring[0] + gained, reset_less=True)
         half = Const(1 << (PARAMETER_FRACTION - 1))
         whole = Signal.like(partial + Cat(half, offset).as_signed(), reset_less=True)
