@@ -305,7 +305,7 @@ class Records(wiring.Component):
         slot = Cat(self.sample, self.read_bank)
         row = self._table(m, "rows", rows, self.chunk)
         is_input = self._table(m, "inputs", inputs, self.chunk)
-        mask = self._table(m, "masks", masks, self.chunk)
+        mask = self._table(m, "masks", masks, self.chunk, build.lanes)
         x_base = self._table(m, "x_base", self._slots(first.chunks), slot)
         code_base = self._table(m, "code_base", self._slots(self.code_rows), slot)
         scale_base = self._table(m, "scale_base", self._slots(build.scale_beats), slot)
