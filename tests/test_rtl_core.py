@@ -33,7 +33,7 @@ WRONG = [
 
 
 def test_the_core_refuses_what_cannot_be_and_reads_what_can() -> None:
-    """A configuration error (§8) ends the launch with error 3 and no transfer; then PARAMS is read, a bad answer told."""
+    """A configuration error (§8) ends a launch with error 3, no transfer; then PARAMS is read, a bad answer told."""
     build = Build(NET, 16, 1, PROFILES["q24"], "q", 3)
     core = Core(build)
 
