@@ -249,7 +249,12 @@ class Small(wiring.Component):
             m.d.sync += [index.eq(Mux(end, 0, index + 1)), sample.eq(sample + end)]
         m.d.comb += self.label_sample.eq(sample)
         g = Signal(signed(len(softmax.p) + 1), reset_less=True)
-        scaled = Signal.like(g * self.eta, reset_less=True)
+        half = STEP_WIDTH // 2  # η in halves: the product of all of it is too wide for one multiplier of an ECP5
+        low, high = self.eta[:half], self.eta[half:]
+        by_low, by_high = (
+            Signal.like(g * part, name=f"g_eta_{i}", reset_less=True) for i, part in enumerate((low, high))
+        )
+        scaled = Signal.like(by_low + (by_high << half), reset_less=True)
         spare = STEP_FRACTION + PARAMETER_FRACTION - SCALED_FRACTION
         rounded = Signal.like(scaled + (1 << (spare - 1)), reset_less=True)
         v = Signal(signed(SCALED_WIDTH), reset_less=True)
@@ -257,17 +262,19 @@ class Small(wiring.Component):
         value, over = saturate(rounded >> spare, SCALED_WIDTH)
         m.d.sync += [
             g.eq(Mux(index == self.class_of, 1 << PARAMETER_FRACTION, 0) - softmax.p),
-            scaled.eq(g * self.eta),
+            by_low.eq(g * low),
+            by_high.eq(g * high),
+            scaled.eq(by_low + (by_high << half)),
             rounded.eq(scaled + (1 << (spare - 1))),
             v.eq(value),
             cut.eq(over),
         ]
-        valid = later(m, softmax.p_valid, 4)
+        valid = later(m, softmax.p_valid, 5)
         gathered, kept = Signal(SCALED_WIDTH * C, reset_less=True), Signal(values(SCALED_WIDTH, C), reset_less=True)
         with m.If(valid):
             m.d.sync += gathered.eq(Cat(gathered[SCALED_WIDTH:], v))
-        complete = later(m, end, 5)
-        m.d.comb += [self.v_in.addr.eq(later(m, sample, 5)), self.v_in.data.eq(gathered), self.v_in.en.eq(complete)]
+        complete = later(m, end, 6)
+        m.d.comb += [self.v_in.addr.eq(later(m, sample, 6)), self.v_in.data.eq(gathered), self.v_in.en.eq(complete)]
         with m.If(later(m, complete, 1)):  # no sooner: the last row of the sample before is still at work
             m.d.sync += kept.eq(gathered)
 
