@@ -115,6 +115,16 @@ def test_eviction_rule(make: Make) -> None:
     np.testing.assert_array_equal(store.read([26]), rows_for([26]))
 
 
+def test_samples_that_are_encoded_already(make: Make) -> None:
+    numbers, c = np.array([10, 2, 3]), codec("nf4")
+    store, same = make("nf4"), make("nf4")
+    store.write_encoded(numbers, c.encode(rows_for(numbers), RECORD))
+    same.write(numbers, rows_for(numbers))
+    np.testing.assert_array_equal(store.owner, same.owner)
+    np.testing.assert_array_equal(store.data, same.data)
+    assert store.held(numbers).tolist() == [True, False, True]
+
+
 @settings(max_examples=30, deadline=None)
 @given(calls=st.lists(st.lists(st.integers(0, 40), max_size=12), max_size=6), capacity=st.integers(1, 9))
 def test_content_does_not_depend_on_the_order(calls: list[list[int]], capacity: int) -> None:
