@@ -68,9 +68,9 @@ def in_4_bits(engine: Engine, net: Network, tensors: Tensors, test: Samples) -> 
     for at in range(0, len(x), 1000):
         rows = engine.records(spec, net.tensors, x[at : at + 1000])
         rows = nf4.decode(nf4.encode(rows, spec.record), spec.record)
-        *taps, y = (x[at : at + 1000], *(rows[:, s.offset : s.offset + s.size] for s in spec.record.segments))
-        for k, tap in enumerate(taps):
-            y = y + tap @ tensors[f"lora.{k}-{spec.L}.A"] @ tensors[f"lora.{k}-{spec.L}.B"]
+        *taps, c = (x[at : at + 1000], *(rows[:, s.offset : s.offset + s.size] for s in spec.record.segments))
+        added = (x_k @ tensors[f"lora.{k}-{spec.L}.A"] @ tensors[f"lora.{k}-{spec.L}.B"] for k, x_k in enumerate(taps))
+        y = c + sum(added)
         right += int((y.argmax(axis=1) == test[1][at : at + 1000]).sum())
     return 100 * right / len(x)
 
