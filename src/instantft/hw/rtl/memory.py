@@ -22,7 +22,7 @@ LATENCY = 2
 """Cycles from `read_address` to `read_data`."""
 
 DEPTH: dict[Style, int] = {"distributed": 64, "block": 1024, "ultra": 4096}
-SMALLER: dict[Style, tuple[int, Style]] = {"block": (128, "distributed"), "ultra": (512, "block")}
+SMALLER: dict[Style, tuple[int, Style]] = {"block": (64, "distributed"), "ultra": (512, "block")}
 """The last bank's style where it has at most so many words."""
 
 

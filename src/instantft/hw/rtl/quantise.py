@@ -26,8 +26,8 @@ from .pieces import later
 __all__ = ["Quantise"]
 
 SLOT = 16
-"""Cycles of a beat: 4 words of scales, or 16 times 2 codes. In these a bank of entries takes a beat of each of its
-samples."""
+"""Cycles of a beat, which is put together byte by byte: 4 words of scales, or 16 times 2 codes. In these a bank of
+entries takes a beat of each of its samples."""
 
 PRODUCE = 4
 """In which cycle of a group the next one's scale is read. Its T_0 … T_14 can be read PRODUCE + 4 … PRODUCE + 18
@@ -88,7 +88,8 @@ class Quantise(wiring.Component):
         return m
 
     def _scales(self, m: Module) -> None:
-        """m of every group; `scale_address` → `scale_words` a cycle later."""
+        """m of every group; from `scale_address`, a cycle later, to `scale_words` for thresholds (`produce`), or to
+        `entry_words` (`word`), of which the low byte is there first and the others follow."""
         build, bits, results = self.build, self.build.formats.width - 1, self.results
         m.submodules.scales = store = Memory(
             shape=build.samples * bits, depth=build.scales, init=[], attrs={"ram_style": "distributed"}
@@ -101,18 +102,20 @@ class Quantise(wiring.Component):
             put.addr.eq(at),
             get.addr.eq(Mux(results.ready, self.scale_address, at)),
         ]
-        self.scale_words = []
+        self.scale_words, self.entry_words = [], []
         for s in range(build.samples):
             value = results.values[s]
             size = Signal(bits + 1, name=f"size_{s}", reset_less=True)
             limited = Signal(bits, name=f"limited_{s}", reset_less=True)
-            word = Signal(bits, name=f"scale_{s}", reset_less=True)
+            scale, word = (Signal(bits, name=f"{n}_{s}", reset_less=True) for n in ("scale", "word"))
             held = get.data[bits * s : bits * (s + 1)]
             m.d.sync += [size.eq(Mux(value[-1], -value, value)), limited.eq(size[:bits] | size[-1].replicate(bits))]
-            with m.If(self.word | self.produce):
-                m.d.sync += word.eq(held)
+            with m.If(self.produce):
+                m.d.sync += scale.eq(held)
+            m.d.sync += word.eq(Mux(self.word, held, word >> 8))
             m.d.comb += put.data[bits * s : bits * (s + 1)].eq(Mux(first | (limited > held), limited, held))
-            self.scale_words.append(word)
+            self.scale_words.append(scale)
+            self.entry_words.append(word)
 
     def _sequence(self, m: Module) -> None:
         """Beats of scales, then of codes: which value in which cycle."""
@@ -175,7 +178,7 @@ class Quantise(wiring.Component):
                     m.d.sync += [early.eq(1), working.eq(1)]
                     m.next = "scales"
             with m.State("scales"):
-                with m.If(cycle < BEAT // 4):
+                with m.If(cycle[:2] == 1):  # a word every four cycles, and none in PRODUCE
                     m.d.comb += self.word.eq(1)
                     m.d.sync += scale.eq(scale + 1)
                 with m.If(cycle == SLOT - 1):
@@ -270,13 +273,17 @@ class Quantise(wiring.Component):
     def _assemble(self, m: Module, codes: list[Value]) -> None:
         """Beats of all samples, complete at once; then, in 16 cycles, one after the other into a bank of entries."""
         build = self.build
-        byte, word = later(m, self.step, READ + 4), later(m, self.word, 1)
-        # Beyond the last scale the beat is filled with zeros.
-        known = later(m, self.scale_address < build.scales, 1)
+        byte = later(m, self.step, READ + 4)
+        # A scale's four bytes come from the cycle after `word` on; beyond the last scale the beat is filled with zeros.
+        known, bytes_left = Signal(reset_less=True), Signal(3)
+        word = bytes_left != 0
+        m.d.sync += bytes_left.eq(bytes_left - word)
+        with m.If(self.word):
+            m.d.sync += [known.eq(self.scale_address < build.scales), bytes_left.eq(4)]
         parts, complete = Signal(range(SLOT)), Signal()  # bytes of a beat
-        m.d.sync += complete.eq((byte & (parts == SLOT - 1)) | (word & (parts == SLOT - 4)))
+        m.d.sync += complete.eq((byte | word) & (parts == SLOT - 1))
         with m.If(byte | word):
-            m.d.sync += parts.eq(parts + Mux(word, 4, 1))
+            m.d.sync += parts.eq(parts + 1)
         place, beat, busy = Signal(range(SLOT)), Signal(range(max(2, build.entry_beats))), Signal()
         m.d.sync += place.eq(place + 1)
         with m.If(complete):
@@ -294,11 +301,8 @@ class Quantise(wiring.Component):
             held: list[Signal] = []
             for s in range(first, min(first + SLOT, build.samples)):
                 part = Signal(8 * BEAT, name=f"beat_{s}", reset_less=True)
-                with m.If(byte):
-                    m.d.sync += part.eq(Cat(part[8:], codes[s]))
-                with m.Elif(word):
-                    scale = Mux(known, self.scale_words[s], 0)
-                    m.d.sync += part.eq(Cat(part[32:], scale, Const(0, 32 - len(scale))))
+                with m.If(byte | word):
+                    m.d.sync += part.eq(Cat(part[8:], Mux(byte, codes[s], Mux(known, self.entry_words[s][:8], 0))))
                 held.append(Signal(8 * BEAT, name=f"held_{s}", reset_less=True))
                 m.d.sync += held[-1].eq(part)
                 if s > first:
