@@ -252,7 +252,7 @@ def test_help_and_version(run: Run) -> None:
     assert status == 0
     found = [line.split()[0] for line in out.split("Commands:")[1].splitlines() if line.strip()]
     story = ["demo", "pretrain", "finetune", "evaluate", "predict", "inspect", "export"]
-    assert found == [*story, "watch", "history", "rollback", "forget", "bench", "reproduce", "data"]
+    assert found == [*story, "watch", "history", "rollback", "forget", "bench", "reproduce", "data", "hw"]
     assert run("--version")[1].startswith("instantft ")
     for command in found:
         assert run(command, "--help")[0] == 0
@@ -446,7 +446,7 @@ BAD: list[tuple[str, Callable[[], Any], tuple[Any, ...], str]] = [
         "engine",
         nothing,
         ("finetune", "base.safetensors", "--data", "ft.npz", "--out", "new", "--engine", "gpu"),
-        "engine must be one of native, reference, fixed, not 'gpu'",
+        "engine must be one of native, reference, fixed, rtl-sim, not 'gpu'",
     ),
     ("mean", nothing, (*FINETUNE, "new", "--mean", "a,b"), "--mean must be numbers"),
     ("means", nothing, (*FINETUNE, "new", "--mean", "1,2"), "mean must have one value or one a channel (6), not 2"),

@@ -17,10 +17,10 @@ from instantft.cache.store import Store, memory_store
 from instantft.engine.reference import ReferenceEngine
 from instantft.errors import UsageError
 from instantft.hw import fixed
+from instantft.hw.configs import CONFIGS, configured
 from instantft.hw.engine import FixedEngine
 from instantft.hw.fixed import CODEC
 from instantft.hw.formats import PROFILES, Ints, nearest
-from instantft.hw.layout import CONFIGS, configured
 from instantft.methods import SGD_METHODS
 from instantft.solvers import sgd
 from instantft.spec import dnn
@@ -329,8 +329,8 @@ def test_saturation_is_reported(here: Path, capsys: pytest.CaptureFixture[str]) 
         (("--hw-config", "k27"), "configuration must be one of k26, k26-small, ecp5-85f, not 'k27'"),
         (("--memory-limit", "1G"), "--memory-limit must go with --engine native or reference"),
         (("--label-smoothing", 0.1), "classes that count alike"),
-        (("--engine", "native", "--hw-config", "k26"), "--hw-config must go with --engine fixed, not native"),
-        (("--engine", "fpga"), "engine must be one of native, reference, fixed, not 'fpga'"),
+        (("--engine", "native", "--hw-config", "k26"), "--hw-config must go with --engine fixed or rtl-sim"),
+        (("--engine", "fpga"), "engine must be one of native, reference, fixed, rtl-sim, not 'fpga'"),
     ],
 )  # fmt: skip
 def test_refusals(here: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...], words: str) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import click
 
 from ..errors import InstantFTError
-from . import adapting, data, exporting, inspecting, measuring, using, watching
+from . import adapting, data, exporting, hardware, inspecting, measuring, using, watching
 from .options import commands
 
 __all__ = ["commands", "main", "run"]
@@ -37,6 +37,7 @@ for _command in (
     measuring.bench,
     measuring.reproduce,
     data.data,
+    hardware.hw,
 ):
     commands.add_command(_command)
 

@@ -259,7 +259,7 @@ def finetune(
         network = network.with_outputs(outputs)
     wanted = check_task(task or TASKS[0])
     weights = class_weights if class_weights in (None, "balanced") else values("--class-weights", class_weights)
-    who, core = engine_or_core(engine, hw_config)
+    who, core = engine_or_core(engine, hw_config, trains=True)
     if core is not None:
         method, cache = _on_core(core, network, method, cache, memory_limit)
     chosen = network.bind(who)
@@ -319,12 +319,20 @@ def finetune(
             else:
                 bar.stage(doing, length)
 
+        def simulating(done: int, steps: int) -> None:
+            bar.stage("simulating the core", steps)
+            bar.update(done)
+
+        if core is not None:
+            core.progress = simulating
         tuner.fit_prepared(
             samples.x, samples.labels, samples.weights,
             groups=samples.groups, progress=bar.update, filling=filling, plan=plan,
         )  # fmt: skip
     fitted, store, row = tuner.result_, tuner.store_, tuner.method_.name
     hardware = core.report() if core is not None else None
+    if core is not None:
+        tuner.set_params(engine=core.golden())  # the gate trains again
     after = score_of(chosen, network, tuner.adapter, test, threads, wanted) if test else None
     classes = wanted == TASKS[0]
     result: dict[str, Any] = {

@@ -46,8 +46,8 @@ def core_options(command: Command) -> Command:
     """Who computes, where the hardware core may be asked for as well."""
     configs = "Of the core: k26, k26-small or ecp5-85f. [default: k26]"
     command = click.option("--hw-config", metavar="NAME", help=configs)(command)
-    who = "Who computes; fixed: the hardware core's arithmetic. [default: native]"
-    return click.option("--engine", metavar="native|reference|fixed", help=who)(command)
+    who = "Who computes; fixed: the hardware core's arithmetic; rtl-sim: the core, to finetune. [default: native]"
+    return click.option("--engine", metavar="native|reference|fixed|rtl-sim", help=who)(command)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
@@ -119,8 +119,8 @@ def engine_of(name: str | None) -> Engine:
         return get_engine("reference")
 
 
-def engine_or_core(name: str | None, config: str | None) -> tuple[Engine, FixedEngine | None]:
-    """The engine called `name`, and once more if it is the hardware core."""
+def engine_or_core(name: str | None, config: str | None, trains: bool = False) -> tuple[Engine, FixedEngine | None]:
+    """The engine called `name`, and once more if it is the hardware core; it is simulated only where it trains."""
     from ..engine import ENGINES
 
     if name == "fixed":
@@ -128,10 +128,17 @@ def engine_or_core(name: str | None, config: str | None) -> tuple[Engine, FixedE
 
         core = FixedEngine(config or "k26")
         return core, core
+    if name == "rtl-sim":
+        if not trains:
+            raise UsageError("--engine rtl-sim must go with finetune; fixed predicts the same, bit for bit")
+        from ..hw.sim.engine import SimulatedEngine
+
+        simulated = SimulatedEngine(config or "k26")
+        return simulated, simulated
     if config is not None:
-        raise UsageError(f"--hw-config must go with --engine fixed, not {name or 'native'}")
+        raise UsageError(f"--hw-config must go with --engine fixed or rtl-sim, not {name or 'native'}")
     if name is not None and name not in ENGINES:
-        raise UsageError(f"engine must be one of {', '.join(ENGINES)}, fixed, not {name!r:.60}")
+        raise UsageError(f"engine must be one of {', '.join(ENGINES)}, fixed, rtl-sim, not {name!r:.60}")
     return engine_of(name), None
 
 

@@ -47,9 +47,15 @@ def percent(fraction: float | None) -> str:
 
 
 def core_text(report: dict[str, Any]) -> str:
-    """A line about what the hardware core did."""
+    """What the hardware core did, in a line or two."""
     cut = [f"{n:,} {kind}" for kind, n in report["saturations"].items() if n]
-    return f"core     {report['config']}; saturated: {', '.join(cut) or 'nothing'}"
+    text = f"core     {report['config']}; saturated: {', '.join(cut) or 'nothing'}"
+    if "cycles" in report:
+        c = report["cycles"]
+        phases = ", ".join(f"{name} {n:,}" for name, n in c.items() if name != "total")
+        clock = f"{time_text(report['simulated_seconds'])} at {report['clock_mhz']:g} MHz, simulated"
+        text += f"\ncycles   {c['total']:,} ({phases}): {clock}"
+    return text
 
 
 def history_of(stats: EpochStats, T: int, told: bool = True) -> list[dict[str, Any]]:

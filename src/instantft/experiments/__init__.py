@@ -7,6 +7,7 @@
     features.py    Skip2-LoRA, Tables 3 and 4, Fig. 3             images.py    the poster; InstantFT, Figs. 1 and 7a
     timing.py      Skip2-LoRA, Tables 2, 6 and 7, §4.3; InstantFT, Fig. 7b
     tinytl.py      Skip2-LoRA, Table 5, in PyTorch, which nothing else here needs
+    hardware.py    InstantFT, Fig. 7c, §5.3: the open core, synthesised and simulated
     counting.py    InstantFT, Table 1 and §5.5: counted, not run  sensors.py   Skip2-LoRA, Fig. 4
 
 A target is two functions: the trials it needs, and the section of the report made from their numbers. What the papers

@@ -11,11 +11,11 @@ from pathlib import Path
 from .. import files
 from ..data.protocols import set_folder
 from ..errors import UsageError
-from . import counting, features, images, sensors, timing, tinytl
+from . import counting, features, hardware, images, sensors, timing, tinytl
 from .core import Section, Settings, Store, Target, Trial, Where, extra, run_trials
 from .report import Entry, write_report
 
-__all__ = ["LEFT_FOR_HARDWARE", "RESULTS", "TARGETS", "Reproduction", "reproduce"]
+__all__ = ["RESULTS", "TARGETS", "Reproduction", "reproduce"]
 
 TARGETS: dict[str, Target] = {
     "skip2-table2": timing.TABLE_2,
@@ -32,14 +32,9 @@ TARGETS: dict[str, Target] = {
     "instantft-fig1": images.FIG_1,
     "instantft-fig7a": images.FIG_7A,
     "instantft-fig7b": images.FIG_7B,
+    "instantft-fig7c": hardware.FIG_7C,
+    "instantft-fpga": hardware.FPGA,
     "instantft-cache": counting.CACHE,
-}
-
-LEFT_FOR_HARDWARE = {
-    "instantft-fig7c": "resources of the FPGA (InstantFT, Fig. 7c): added by the hardware core",
-    "instantft-fpga": (
-        "0.36 s for ten epochs and 16.3 times the energy efficiency (InstantFT, §5.3, §5.4): added by the hardware core"
-    ),
 }
 
 RESULTS = "trials.jsonl"
@@ -131,7 +126,7 @@ def reproduce(
         entries.append(Entry(name, target.title, target.source, own, target.section(settings, store)))
     missing = {name: ", ".join(_lacking(target)) for name, target in TARGETS.items()}
     left = {name: f"left out, {what} is not installed" for name, what in missing.items() if what and not names}
-    written = write_report(out, entries, quick=quick, left={**left, **LEFT_FOR_HARDWARE})
+    written = write_report(out, entries, quick=quick, left=left)
     return Reproduction({e.name: e.section for e in entries}, len(wanted) - kept, kept, written)
 
 

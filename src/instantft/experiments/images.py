@@ -392,9 +392,7 @@ def _section_7b(settings: Settings, found: Results) -> Section:
         " on four cores of a Cortex-A53. “Inference only” is one pass over the images here; the paper does not say"
         " whether its own is. Of the fine-tuning with an fp32 cache, filling is"
         f" {one[ONE_PASS] / one['Skip-LoRA, fp32 cache']:.0%} if it takes as long as that pass. Threads share filling"
-        " and inference; epochs run on one. The FPGA's 0.36 s and 17.4× are added by the hardware core."
-        + size
-        + _quick(settings)
+        " and inference; epochs run on one. The FPGA's 0.36 s is in instantft-fpga." + size + _quick(settings)
     )
     picture = Picture(
         "instantft-fig7b", plots.bars(bars, y="ms, one thread", log=True), "Time of every method on two sets of images"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -18,9 +18,10 @@ from ..methods import Method
 from ..spec import NetSpec
 from ..tasks import Targets, as_targets
 from . import fixed
+from .configs import configured
 from .fixed import CODEC, Bytes, Saturations
 from .formats import Ints
-from .layout import Build, configured
+from .layout import Build
 
 __all__ = ["METHOD", "FixedEngine", "FixedTrainer"]
 
@@ -38,10 +39,11 @@ class FixedEngine:
     """The core as its specification says it computes.
 
     Args:
-        config: a name in `layout.CONFIGS`: the profile of formats, and the limits of the build.
+        config: a name in `configs.CONFIGS`: the profile of formats, and the limits of the build.
 
     Attributes:
         seen: what was cut off, in the cache, in training and in prediction, since `clear`.
+        progress: told how many batches of how many a simulated core (`sim.engine`) has trained on.
     """
 
     name = "fixed"
@@ -51,6 +53,11 @@ class FixedEngine:
     def __init__(self, config: str = "k26") -> None:
         self.config = config
         self.seen = Saturations()
+        self.progress: Callable[[int, int], None] = lambda done, of: None
+
+    def golden(self) -> FixedEngine:
+        """Who computes the same without a simulation, and counts for itself."""
+        return FixedEngine(self.config)
 
     def clear(self) -> None:
         """Count saturations from 0."""

