@@ -95,7 +95,7 @@ class Records(wiring.Component):
     def _table(self, m: Module, name: str, rows: list[int], address: Value, width: int = 1) -> Value:
         """rows[address], a cycle later."""
         width = max(width, max(rows).bit_length())
-        made = memory.Memory(shape=unsigned(width), depth=len(rows), init=rows, attrs={"ram_style": "distributed"})
+        made = memory.Memory(shape=unsigned(width), depth=len(rows), init=rows)
         m.submodules[name] = made
         port = made.read_port()
         m.d.comb += port.addr.eq(address)
