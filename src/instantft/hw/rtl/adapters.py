@@ -155,7 +155,9 @@ class Adapters(wiring.Component):
         # Where it is: a slot of a sample forward, a sample of a chunk backward.
         down, slot, sample = Signal(), Signal(range(len(slots))), Signal(range(build.batch))
         chunk = Signal(range(build.chunks))
-        asking, slot_end, sample_end = Signal(), slot == len(slots) - 1, sample == self.samples - 1
+        last_sample = Signal.like(sample)
+        m.d.sync += last_sample.eq(self.samples - 1)
+        asking, slot_end, sample_end = Signal(), slot == len(slots) - 1, sample == last_sample
         chunk_end, finished = chunk == build.chunks - 1, Signal()
         with m.FSM() as fsm:
             with m.State("IDLE"), m.If(self.start):

@@ -147,7 +147,9 @@ class Small(wiring.Component):
 
         # The update's own walk: of every row, all samples.
         updating, update_row, update_sample = Signal(), Signal(range(rows)), Signal(range(build.batch))
-        row_end = update_sample == self.samples - 1
+        self.last_sample = Signal.like(sample)
+        m.d.sync += self.last_sample.eq(self.samples - 1)
+        row_end = update_sample == self.last_sample
         with m.If(self.update):
             m.d.sync += [updating.eq(1), update_row.eq(0), update_sample.eq(0)]
         with m.Elif(updating):
@@ -310,7 +312,7 @@ class Small(wiring.Component):
             m.d.sync += [sample.eq(0), self.through.eq(0)]
         with m.Elif(done):
             m.d.sync += sample.eq(sample + 1)
-            with m.If(sample == self.samples - 1):
+            with m.If(sample == self.last_sample):
                 m.d.sync += self.through.eq(1)
 
     def _answers(self, m: Module) -> None:
