@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from instantft.errors import DataError, EngineError, UsageError
 from instantft.hw import fixed, image
+from instantft.hw.configs import CONFIGS, configured
 from instantft.hw.formats import PROFILES, Ints
 from instantft.hw.image import Launch
 from instantft.hw.layout import BEAT, Build
@@ -128,6 +129,13 @@ def test_a_status_is_an_outcome_or_an_error(status: int) -> None:
     else:
         with pytest.raises(EngineError, match="the core must finish"):
             image.outcome(read)
+
+
+def test_a_network_that_a_device_cannot_hold_is_refused() -> None:
+    for config in CONFIGS:
+        configured(config, NETS["mnist"])
+        with pytest.raises(UsageError, match=rf"must fit the [\d,]+ kB of block memory of {config}, but need at least"):
+            configured(config, dnn(4000, 10, 2000), "q")
 
 
 def test_what_does_not_fit_is_refused_and_the_limit_named() -> None:

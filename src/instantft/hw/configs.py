@@ -21,11 +21,13 @@ class Device:
         part: as its maker's tools call it.
         family: of Yosys: ``xcup`` or ``ecp5``.
         has: resources by name.
+        memory: bits of its block memories.
     """
 
     part: str
     family: str
     has: dict[str, int]
+    memory: int
 
 
 DEVICES = {
@@ -33,8 +35,11 @@ DEVICES = {
         "xck26-sfvc784-2LV-c",
         "xcup",
         {"LUT": 117_120, "FF": 234_240, "DSP": 1_248, "BRAM36": 144, "URAM": 64},
+        144 * 36_864 + 64 * 294_912,
     ),
-    "ecp5-85f": Device("LFE5U-85F-6BG756C", "ecp5", {"LUT": 83_640, "FF": 83_640, "MULT18": 156, "EBR": 208}),
+    "ecp5-85f": Device(
+        "LFE5U-85F-6BG756C", "ecp5", {"LUT": 83_640, "FF": 83_640, "MULT18": 156, "EBR": 208}, 208 * 18_432
+    ),
 }
 
 
@@ -89,4 +94,17 @@ def configured(config: str, net: NetSpec, values: Literal["u8", "q"] = "u8") -> 
         UsageError: there is no such configuration, or it cannot hold the network.
     """
     c = named(config)
-    return Build(net, c.lanes, c.rank, c.formats, values, c.batch)
+    build = Build(net, c.lanes, c.rank, c.formats, values, c.batch)
+    if memory(build) > c.device.memory:
+        raise UsageError(
+            f"the network and its adapters must fit the {c.device.memory // 8000:,} kB of block memory of {config}, "
+            f"but need at least {memory(build) // 8000:,} kB"
+        )
+    return build
+
+
+def memory(build: Build) -> int:
+    """Bits that a build keeps on chip at least: weights, A, and of each of S samples x^0 and a layer's two sides."""
+    widest = max(g.N + g.n_out for g in build.net.geometry)
+    each = (build.taps[0].size + widest) * build.formats.width
+    return 16 * (16 * build.weight_words + build.chunks * build.lanes * build.rank) + build.samples * each
