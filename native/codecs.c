@@ -113,22 +113,15 @@ static void encode_steps(const float *x, int n, float inv, float top, uint8_t *c
     }
 }
 
-/* floor(x·2^16 + 1/2) in 24 bits, and the same for a vector. Every step is exact. */
-INLINE float fixed_of(float x) {
+/* floor(x·2^16 + 1/2) in 24 bits. Every step is exact. */
+static int32_t fixed_of(float x) {
     float y = x * 65536.0f;
     y = y < 8388607.0f ? y : 8388607.0f;
     y = y > -8388608.0f ? y : -8388608.0f;
-    float whole = (float)(int32_t)y, rest = y - whole;
-    return whole + (float)(rest >= 0.5f) - (float)(rest < -0.5f);
+    int32_t whole = (int32_t)y;
+    float rest = y - (float)whole;
+    return whole + (rest >= 0.5f) - (rest < -0.5f);
 }
-#if IFT_VL > 1
-INLINE vf fixed_of_all(vf x) {
-    vf y = vset(0) - vmax(vset(0) - x * vset(65536.0f), vset(-8388607.0f));
-    y = vmax(y, vset(-8388608.0f));
-    vf whole = __builtin_convertvector(__builtin_convertvector(y, vi), vf), rest = y - whole;
-    return whole - __builtin_convertvector((rest >= vset(0.5f)) - (rest < vset(-0.5f)), vf);
-}
-#endif
 
 /* out[i] = floor((t[i]·m + 2^15) / 2^16)·unit for i < 16 and 0 ≤ m < 2^23, in 32 bits: m is 2^12·high + low. */
 INLINE void times_scale(const int32_t *t, int32_t m, float unit, float *out) {
@@ -144,13 +137,13 @@ INLINE void times_scale(const int32_t *t, int32_t m, float unit, float *out) {
     }
 }
 
-/* How many of the 15 thresholds t, which t[15] = INFINITY ends, lie below x·inv; or below x as an integer. */
-INLINE void encode_table(const float *t, const float *x, int n, float inv, int fixed, uint8_t *code) {
+/* How many of the 15 thresholds t, behind which lies t[15] = INFINITY, lie below x·inv. */
+static void encode_table(const float *t, const float *x, int n, float inv, uint8_t *code) {
     int i = 0;
 #if IFT_VL == 16
     const __m512 table = _mm512_loadu_ps(t);
     EACH_VECTOR { /* binary search, four looks into the table */
-        __m512 v = (__m512)(fixed ? fixed_of_all(vload(x + i)) : vload(x + i) * vset(inv));
+        __m512 v = (__m512)(vload(x + i) * vset(inv));
         __m512i c = _mm512_setzero_si512();
         UNROLL for (int step = 8; step; step /= 2) {
             __m512i probe = _mm512_add_epi32(c, _mm512_set1_epi32(step - 1));
@@ -161,14 +154,14 @@ INLINE void encode_table(const float *t, const float *x, int n, float inv, int f
     }
 #elif IFT_VL > 1
     EACH_VECTOR {
-        vf v = fixed ? fixed_of_all(vload(x + i)) : vload(x + i) * vset(inv);
+        vf v = vload(x + i) * vset(inv);
         vi c = (vi){0};
         UNROLL for (int j = 0; j < 15; j++) c -= v > vset(t[j]);
         store_codes(code + i, c);
     }
 #endif
     for (; i < n; i++) {
-        float v = fixed ? fixed_of(x[i]) : x[i] * inv;
+        float v = x[i] * inv;
         int32_t c = 0;
         for (int j = 0; j < 15; j++) c += v > t[j];
         code[i] = (uint8_t)c;
@@ -179,7 +172,7 @@ static void encode_nf4(const float *x, int n, float inv, uint8_t *code) {
     float t[16];
     for (int j = 0; j < 15; j++) t[j] = (float)(((double)nf4_levels[j] + (double)nf4_levels[j + 1]) / 2);
     t[15] = INFINITY;
-    encode_table(t, x, n, inv, 0, code);
+    encode_table(t, x, n, inv, code);
 }
 
 static void encode_int8(const float *x, int n, float inv, int8_t *code) {
@@ -244,19 +237,25 @@ static void pack_fours(const uint8_t *restrict codes, int n, uint8_t *restrict o
     }
 }
 
-/* nf4-hw. Of a group the largest |v| comes from the largest x or from the smallest, for rounding keeps their order. */
+/* nf4-hw. Of a group the largest |v| comes from the largest x or from the smallest, for rounding keeps their order. And
+ * v = floor(x·2^16 + 1/2) lies above an integer T where x·2^16 is T + 1/2 or more, which a float holds: above the float
+ * before it. Clipping v changes no code. */
 static void encode_fixed(const ift_codec *c, const float *row, uint8_t *out, uint8_t *scratch) {
     memset(out, 0, (size_t)c->stride);
     for (const ift_run *u = c->runs; u < c->runs + c->runs_n; u++) {
         const float *x = row + u->at;
-        float high = fixed_of(peak(x, u->n, 1)), low = -fixed_of(-peak(x, u->n, 0)), t[16];
-        float top = high > low ? high : low;
-        int32_t m = (int32_t)(top < 8388607.0f ? top : 8388607.0f);
+        int32_t high = fixed_of(peak(x, u->n, 1)), low = -fixed_of(-peak(x, u->n, 0)), m = high > low ? high : low;
+        float t[16];
+        if (m > 8388607) m = 8388607;
         memcpy(out + 4 * u->scale, &m, 4);
         times_scale(nf4_thresholds16, m, 1.0f, t);
+        for (int j = 0; j < 15; j++) {
+            float half = t[j] + 0.5f;
+            t[j] = float_of(half > 0 ? bits_of(half) - 1 : bits_of(half) + 1);
+        }
         t[15] = INFINITY;
         scratch[u->n] = 0;
-        encode_table(t, x, u->n, 0, 1, scratch);
+        encode_table(t, x, u->n, 65536.0f, scratch);
         pack_pairs(scratch, (u->n + 1) / 2, out + c->codes_at + u->code / 2);
     }
 }
