@@ -1,7 +1,7 @@
 """The RTL against the golden model: every y, every parameter after every step, every byte of the cache, every logit.
 
     python -m benchmarks.cosim --seeds 200 --json build/cosim.json      small runs, drawn by seed
-    python -m benchmarks.cosim --whole 16 32 80 --json build/whole.json  LeNet-5, 1,024 samples x 10 epochs, by lanes
+    python -m benchmarks.cosim --whole 16 32 80 --net mnist    a network of the papers, 1,024 samples x 10 epochs
 
 Small runs are of the networks, lanes, ranks and formats below, with drawn numbers of samples, epochs, batches, learning
 rates and magnitudes; weights and adapters of many reach the ends of their formats, so that values are cut off in them.
@@ -135,25 +135,29 @@ def drawn(build: Build, seed: int) -> Case:
     return Case(build, frozen, parameters, x, order, rng.integers(0, net.C, T), lr, batch)
 
 
-def whole(lanes: int, formats: str = "q24") -> Case:
-    """LeNet-5 on 1,024 samples, 10 epochs in batches of 20."""
-    task, rng = replace(TASKS["fashion"], pretrain=10_000, pretrain_epochs=2), np.random.default_rng(0)
-    net, folder = lenet5((1, 28, 28)), set_folder()
-    native = get_engine()
-    if (folder / task.file).is_file():
+NETS = {"mnist": lenet5((1, 28, 28)), "colour": lenet5((3, 32, 32)), "fan": dnn(256, 3)}
+"""Of whole runs: the papers'."""
+
+
+def whole(lanes: int, formats: str = "q24", name: str = "mnist") -> Case:
+    """A network of the papers on 1,024 samples (random ones but for MNIST's shape), 10 epochs in batches of 20."""
+    task, rng = replace(TASKS["fashion"], pretrain=10_000), np.random.default_rng(0)
+    net, folder, native = NETS[name], set_folder(), get_engine()
+    if name == "mnist" and (folder / task.file).is_file():
         base, _ = sgd.pretrain(native, net, *pretraining(task, folder), epochs=2)
         x, y = drifted(task, folder, 0)[0]
         x = (np.rint(255 * x) / 255).astype(np.float32)
     else:
-        x, y = (rng.integers(0, 256, (1024, 784)) / 255).astype(np.float32), rng.integers(0, 10, 1024).astype(np.int32)
+        x = (rng.integers(0, 256, (1024, net.geometry[0].N)) / 255).astype(np.float32)
+        y = rng.integers(0, net.C, len(x)).astype(np.int32)
         base, _ = sgd.pretrain(native, net, x, y, epochs=1)
-    build = Build(net, lanes, 4, PROFILES[formats], "u8", 20)
+    build = Build(net, lanes, 4, PROFILES[formats], "q" if name == "fan" else "u8", 20)
 
     def ints(shape: tuple[int, ...], scale: float) -> Ints:
         return np.rint(rng.normal(0, scale * 4096, shape)).astype(np.int64)
 
     A = tuple(ints((n, 4), 0.05) for n in net.tap_widths)
-    parameters = Parameters(A, tuple(ints((4, 10), 0) for _ in A), 4096, np.zeros(10, np.int64))
+    parameters = Parameters(A, tuple(ints((4, net.C), 0) for _ in A), 4096, np.zeros(net.C, np.int64))
     order = np.stack([rng.permutation(len(x)) for _ in range(10)])
     return Case(build, fixed.fold(net, base.tensors), parameters, x, order, y.astype(np.int64), 0.1, 20)
 
@@ -247,7 +251,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=0, help="small runs")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--whole", type=int, nargs="*", default=[], metavar="LANES")
-    parser.add_argument("--formats", default="q24", choices=sorted(PROFILES))
+    parser.add_argument("--formats", default="q24", choices=sorted(PROFILES), help="of whole runs")
+    parser.add_argument("--net", default="mnist", choices=sorted(NETS), help="of whole runs")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     found: list[tuple[str, Compared]] = []
@@ -261,8 +266,10 @@ def main() -> int:
         if not found[-1][1].same:
             print(found[-1][0], found[-1][1].different, flush=True)
     for lanes in options.whole:
-        case = whole(lanes, options.formats)
-        found.append((f"LeNet-5, {lanes} lanes, {options.formats}", compare(case, Simulator(case.build, trace=True))))
+        case = whole(lanes, options.formats, options.net)
+        found.append(
+            (f"{options.net}, {lanes} lanes, {options.formats}", compare(case, Simulator(case.build, trace=True)))
+        )
         r = found[-1][1]
         print(found[-1][0], r.different, r.cycles, f"host {r.host}", f"{r.seconds:.0f} s", flush=True)
     wrong = [name for name, r in found if not r.same]
