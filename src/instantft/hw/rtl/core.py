@@ -231,9 +231,8 @@ class Core(wiring.Component):
         # Errors come before everything above.
         bad_read = self.reader0.error | self.reader1.error
         with m.If((bad_read | self.writer.error | self.fetch.bad) & (phase != Phase.IDLE) & (phase != Phase.DRAIN)):
-            m.d.sync += self.error.eq(
-                Mux(bad_read, Error.READ, Mux(self.writer.error, Error.WRITE, Error.ORDER)),
-            )
+            code = Mux(bad_read, Error.READ, Mux(self.writer.error, Error.WRITE, Error.ORDER))
+            m.d.sync += [self.error.eq(code), self.done.eq(0)]
             self._go(m, Phase.DRAIN)
         quiet = Signal(range(DRAINED + 1))
         with m.If(phase == Phase.DRAIN):
@@ -345,7 +344,9 @@ class Core(wiring.Component):
             quantise.start.eq(start),
             quantise.samples.eq(samples),
         ]
-        with m.If(active):
+        with m.If(~active):
+            m.d.sync += asked.eq(0)
+        with m.Else():
             m.d.comb += [
                 backbone.x_valid.eq(reader.valid),
                 reader.ready.eq(backbone.x_ready),
