@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from instantft.errors import EngineError, UsageError
 from instantft.hw import synthesis
 from instantft.hw.configs import CONFIGS, configured
 from instantft.hw.synthesis import levels, route, synthesise, used
+from instantft.hw.tools import run
 from instantft.spec import lenet5
 
 BUILD = configured("k26", lenet5((1, 28, 28)))
@@ -99,3 +101,12 @@ def test_yosys_counts_a_product_in_a_dsp_one_in_look_up_tables_and_three_levels_
     assert made.soft_products == 1
     assert made.used["FF"] >= 17 + 64
     assert 3 <= made.levels <= 5  # 64 bits of parity are three levels of six inputs; the small product may be deeper
+
+
+def test_what_a_tool_says_went_wrong_is_told(tmp_path: Path) -> None:
+    code = "print('one'); print('ERROR: no mapping'); print('the end'); raise SystemExit(3)"
+    with pytest.raises(
+        EngineError, match=r"Yosys must end well, but ended with status 3: ERROR: no mapping \(all of it"
+    ):
+        run([sys.executable, "-c", code], tmp_path, tmp_path / "log", what="Yosys")
+    assert run([sys.executable, "-c", "print('well')"], tmp_path, tmp_path / "log", what="Yosys") == "well\n"

@@ -59,7 +59,7 @@ def run(
     """Run a program in a folder; all that it prints goes to a log and comes back.
 
     Raises:
-        EngineError: it fails; its last line is given, and where the log is.
+        EngineError: it fails; its first line with an error, or its last one, is given, and where the log is.
     """
     with log.open("wb") as file:
         code = subprocess.run(
@@ -73,8 +73,9 @@ def run(
         ).returncode
     text = log.read_text(errors="replace")
     if code:
-        last = next((line for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
-        raise EngineError(f"{what} must end well, but ended with status {code}: {last[:200]} (all of it: {log})")
+        lines = [line for line in text.splitlines() if line.strip()] or ["it said nothing"]
+        told = next((line for line in lines if "ERROR" in line or "%Error" in line), lines[-1])
+        raise EngineError(f"{what} must end well, but ended with status {code}: {told[:200]} (all of it: {log})")
     return text
 
 
