@@ -1,8 +1,10 @@
-"""Makes the test vectors of the codecs: what every implementation must write and read, byte for byte.
+"""Makes the test vectors of the codecs: what every implementation must write and read, byte for byte; and of the
+detectors of drift: at which samples they raise an alarm.
 
     python vectors/make.py
 
-writes, beside itself, ``codecs.json`` (networks, their record segments, names of the rows, sizes) and ``codecs.npz``:
+writes, beside itself, ``drift.json`` (see `drift`), ``codecs.json`` (networks, their record segments, names of the
+rows, sizes) and ``codecs.npz``:
 
     LAYOUT.rows            (T, width) float32   record rows, gaps zero
     LAYOUT.CODEC.bytes     (T, nbytes) uint8    what encoding them gives
@@ -16,13 +18,16 @@ here is random but by a fixed seed.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from instantft.cache.codecs import CODECS, NF4_THRESHOLDS
 from instantft.spec import LayerSpec, NetSpec, RecordSpec, dnn, lenet5
+from instantft.watch.detectors import Adwin, Cusum, Scale
 
 Floats = NDArray[np.float32]
 
@@ -160,9 +165,63 @@ def make() -> tuple[dict[str, object], dict[str, NDArray[np.generic]]]:
     return {"version": VERSION, "layouts": layouts}, arrays
 
 
+ERRORS: list[dict[str, Any]] = [
+    {"seed": 1, "expected": 0, "known": 0, "length": [1000, 200], "rate": [0.1, 0.6]},
+    {"seed": 2, "expected": 0, "known": 0, "length": [3000, 1500], "rate": [0.05, 0.12]},
+    {"seed": 3, "expected": 200, "known": 0.1, "length": [100, 0], "rate": [0.5, 0]},
+    {"seed": 4, "expected": 0, "known": 0, "length": [500, 500], "rate": [0.6, 0.1]},
+    {"seed": 5, "expected": 0, "known": 0, "length": [5000, 0], "rate": [0.2, 0]},
+    {"seed": 6, "expected": 256, "known": 0.02, "length": [40, 60], "rate": [0.02, 0.9]},
+    {"seed": 7, "expected": 400_000, "known": 0.3, "length": [64, 400], "rate": [0.3, 0.6]},
+]
+"""Streams of right and wrong answers in two parts; `expected` answers of the rate `known` before them. The last is
+longer than the window."""
+
+MOVES: list[dict[str, Any]] = [
+    {"seed": 11, "both": False, "length": [5000, 300], "rate": [0, 1]},
+    {"seed": 12, "both": True, "length": [2000, 300], "rate": [0, -1]},
+    {"seed": 13, "both": False, "length": [2000, 300], "rate": [0, -1]},
+    {"seed": 14, "both": True, "length": [3000, 100], "rate": [0, 3]},
+]
+"""Streams of values whose mean moves by so many deviations, the deviation 0.5, the mean 2."""
+
+
+def uniform(seed: int) -> Iterator[float]:
+    """Numbers from 0 to 1 that any language can draw: the upper 24 bits of x ← 1664525 x + 1013904223 mod 2³²."""
+    while True:
+        seed = (seed * 1664525 + 1013904223) & 0xFFFFFFFF
+        yield (seed >> 8) / 16777216
+
+
+def drift() -> dict[str, Any]:
+    """The streams, with the samples at which an alarm comes and how many values are of the new world then; of errors
+    also how many answers are in the window at the end, and how many of them are wrong. After an alarm of a move a new
+    detector begins."""
+    errors, moves = [], []
+    for stream in ERRORS:
+        numbers, adwin, alarms = uniform(stream["seed"]), Adwin(), []
+        adwin.expect(stream["known"], stream["expected"])
+        rates = [rate for rate, n in zip(stream["rate"], stream["length"], strict=True) for _ in range(n)]
+        for at, rate in enumerate(rates):
+            if adwin.add(float(next(numbers) < rate)):
+                alarms.append([at, len(adwin)])
+        errors.append({**stream, "alarms": alarms, "wrong": round(adwin.mean * len(adwin)), "window": len(adwin)})
+    for stream in MOVES:
+        numbers, cusum, alarms = uniform(stream["seed"]), Cusum(Scale(2.0, 0.5), stream["both"]), []
+        means = [mean for mean, n in zip(stream["rate"], stream["length"], strict=True) for _ in range(n)]
+        for at, mean in enumerate(means):
+            u = [next(numbers) for _ in range(4)]
+            if cusum.add(2 + 0.5 * (mean + (u[0] + u[1] + u[2] + u[3] - 2) * 1.75)):
+                alarms.append([at, cusum.begun])
+                cusum = Cusum(Scale(2.0, 0.5), stream["both"])
+        moves.append({**stream, "alarms": alarms})
+    return {"version": VERSION, "errors": errors, "moves": moves}
+
+
 def main() -> None:
-    """Write both files."""
+    """Write all files."""
     here = Path(__file__).parent
+    (here / "drift.json").write_text(json.dumps(drift(), indent=1) + "\n")
     description, arrays = make()
     (here / "codecs.json").write_text(json.dumps(description, indent=1) + "\n")
     np.savez_compressed(here / "codecs.npz", **arrays)  # type: ignore[arg-type]

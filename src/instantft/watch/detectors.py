@@ -9,7 +9,9 @@ told the errors of the live adapter, which is what labels are good for.
 Schemes, 1954). It is told how unsure the network is of a sample, and how far the sample's taps are from those of the
 training data (kept in the base file) or of the first samples, for which no label is needed.
 
-Both say how many values belong to the new world.
+Both say how many values belong to the new world. A microcontroller has the same in C
+(native/embedded/src/instantft_drift.c), which repeats what is here operation by operation: alarms come at the same
+samples, and scores are alike to the bit (tests/test_drift_c.py). Change both.
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ CONFIDENCE = 0.002
 
 PER_ROW = 5
 """Buckets of one size in ADWIN's histogram, as in its paper (M)."""
+
+ROWS = 16
+"""Sizes of buckets, 1 to 2^15 values, so that the window holds 327,675 at most and the oldest go."""
 
 EVERY = 8
 """Values after which ADWIN compares its parts."""
@@ -110,6 +115,9 @@ class Adwin:
         self._rows[0].append(value)
         for i, row in enumerate(self._rows):
             if len(row) <= PER_ROW:
+                break
+            if i + 1 == ROWS:
+                self._drop_oldest()
                 break
             if i + 1 == len(self._rows):
                 self._rows.append([])
