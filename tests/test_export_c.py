@@ -373,7 +373,10 @@ def test_stack_and_code_stay_below_what_is_counted(tmp_path: Path, method: str, 
         sizes = subprocess.run(["arm-none-eabi-size", f"{made}.o"], capture_output=True, text=True, check=True)
         text, data, bss = map(int, sizes.stdout.splitlines()[1].split()[:3])
         assert data == bss == 0, f"{source.name} has variables outside the arena"
-        code += text
+        if source.name == "instantft_drift.c":  # of the library, linked only where it is called
+            assert text <= 2048
+        else:
+            code += text
     depth = 0
     if method == "skip-ridge":  # one level for each halving down to the leaf; T is MAX_SAMPLES at most
         assert "inverse_factor_f" in edges["inverse_factor_f"]

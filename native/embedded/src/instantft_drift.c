@@ -56,8 +56,8 @@ void instantft_errors_expect(instantft_errors *d, double rate, uint32_t n) {
         push(d, (uint16_t)((uint32_t)((double)(i + 1) * rate) - (uint32_t)((double)i * rate)));
 }
 
-/* How much the newer part is above the older one where they differ most, and how many answers the older one has; 0 where
- * chance explains it. */
+/* How much the newer part is above the older one where they differ most, and how many answers the older one has; 0
+ * where chance explains it. */
 static uint32_t change(instantft_errors *d, double *difference) {
     const double n = d->n, sum = d->wrong, mean = d->n ? sum / n : 0, variance = mean * (1 - mean);
     const double confidence = log(2 * log(d->n > 3 ? n : 3) / CONFIDENCE);

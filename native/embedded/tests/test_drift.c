@@ -1,5 +1,5 @@
-/* The detectors of instantft_drift.h on streams that anybody can draw again: prints at which samples they raise an alarm
- * and how many values are of the new world then. What must come out is in vectors/drift.json of the project. */
+/* The detectors of instantft_drift.h on streams that anybody can draw again: prints at which samples they raise an
+ * alarm and how many values are of the new world then. What must come out is in vectors/drift.json of the project. */
 #include "../include/instantft_drift.h"
 
 #include <math.h>
@@ -20,8 +20,8 @@ typedef struct stream {
 
 static const stream ERRORS[] = {
     {1, 0, {1000, 200}, 0, {0.1, 0.6}},      {2, 0, {3000, 1500}, 0, {0.05, 0.12}}, {3, 200, {100, 0}, 0.1, {0.5, 0}},
-    {4, 0, {500, 500}, 0, {0.6, 0.1}},       {5, 0, {5000, 0}, 0, {0.2, 0}},        {6, 256, {40, 60}, 0.02, {0.02, 0.9}},
-    {7, 400000, {64, 400}, 0.3, {0.3, 0.6}},
+    {4, 0, {500, 500}, 0, {0.6, 0.1}},       {5, 0, {5000, 0}, 0, {0.2, 0}},
+    {6, 256, {40, 60}, 0.02, {0.02, 0.9}},   {7, 400000, {64, 400}, 0.3, {0.3, 0.6}},
 };
 static const stream MOVES[] = {
     {11, 0, {5000, 300}, 0, {0, 1}}, {12, 1, {2000, 300}, 0, {0, -1}}, {13, 0, {2000, 300}, 0, {0, -1}},
@@ -40,7 +40,8 @@ int main(void) {
         uint32_t at = 0;
         for (int part = 0; part < 2; part++)
             for (uint32_t i = 0; i < s->length[part]; i++, at++)
-                if (instantft_errors_add(&d, draw() < s->rate[part])) printf(" %lu(%lu)", (unsigned long)at, (unsigned long)d.n);
+                if (instantft_errors_add(&d, draw() < s->rate[part]))
+                    printf(" %lu(%lu)", (unsigned long)at, (unsigned long)d.n);
         printf(", %lu of %lu\n", (unsigned long)d.wrong, (unsigned long)d.n);
     }
     for (int k = 0; k < MOVED; k++) {
