@@ -52,12 +52,23 @@ static uint16_t bf16_up(float f) { return (uint16_t)((bits_of(f) + 0xffffu) >> 1
 
 /* i over n values, vector by vector; the last one is moved back to end with them, so that a group of 25 is two vectors
  * and no tail. What is done twice must come out the same. Fewer than a vector are left to a scalar loop. */
-#define EACH_VECTOR for (; i < n && n >= IFT_VL; i = i + IFT_VL < n && i + 2 * IFT_VL > n ? n - IFT_VL : i + IFT_VL)
+#define EACH(many) for (; i < n && n >= (many); i = i + (many) < n && i + 2 * (many) > n ? n - (many) : i + (many))
+#define EACH_VECTOR EACH(IFT_VL)
 
 /* The largest |x|, or the largest x where `positive` (at least 0). */
 static float peak(const float *x, int n, int positive) {
     vf m = vset(0);
     int i = 0;
+#if IFT_BY_LANE /* as below: vmaxnm takes the number where the other is none */
+    float32x4_t most[4] = {(float32x4_t)m, (float32x4_t)m, (float32x4_t)m, (float32x4_t)m};
+    EACH(16) {
+        float32x4_t v[4];
+        UNROLL for (int j = 0; j < 4; j++) v[j] = vld1q_f32(x + i + 4 * j);
+        if (!positive) UNROLL for (int j = 0; j < 4; j++) v[j] = vabsq_f32(v[j]);
+        UNROLL for (int j = 0; j < 4; j++) most[j] = vmaxnmq_f32(v[j], most[j]);
+    }
+    m = (vf)vmaxnmq_f32(vmaxnmq_f32(most[0], most[1]), vmaxnmq_f32(most[2], most[3]));
+#endif
     EACH_VECTOR {
         vf v = vload(x + i);
         m = vmax(positive ? v : vmax(v, vset(0) - v), m);
@@ -153,6 +164,18 @@ static void encode_table(const float *t, const float *x, int n, float inv, uint8
         store_codes(code + i, (vi)c);
     }
 #elif IFT_VL > 1
+#if IFT_BY_LANE /* four vectors side by side: one alone would wait for every sum */
+    EACH(16) {
+        float32x4_t v[4];
+        uint32x4_t c[4];
+        UNROLL for (int j = 0; j < 4; j++) v[j] = vmulq_n_f32(vld1q_f32(x + i + 4 * j), inv), c[j] = vdupq_n_u32(0);
+        for (int k = 0; k < 15; k++)
+            UNROLL for (int j = 0; j < 4; j++) c[j] = vsubq_u32(c[j], vcgtq_f32(v[j], vdupq_n_f32(t[k])));
+        uint16x8_t low = vuzp1q_u16(vreinterpretq_u16_u32(c[0]), vreinterpretq_u16_u32(c[1]));
+        uint16x8_t high = vuzp1q_u16(vreinterpretq_u16_u32(c[2]), vreinterpretq_u16_u32(c[3]));
+        vst1q_u8(code + i, vuzp1q_u8(vreinterpretq_u8_u16(low), vreinterpretq_u8_u16(high)));
+    }
+#endif
     EACH_VECTOR {
         vf v = vload(x + i) * vset(inv);
         vi c = (vi){0};
@@ -206,16 +229,19 @@ static void encode_halves(const ift_plan *p, const ift_codec *c, const float *ro
         out += 2 * n;
     }
 }
+INLINE void decode_half(const uint8_t *in, int n, float *x) {
+    for (int i = 0; i < n; i++) {
+        uint16_t h;
+        memcpy(&h, in + 2 * i, 2);
+        x[i] = from_half(h);
+    }
+}
 static void decode_halves(const ift_plan *p, const ift_codec *c, const uint8_t *in, float *row) {
     in += c->half_at;
     for (int k = c->half_first; k <= p->L; k++) {
         int n;
         float *x = row + segment_at(p, k, &n);
-        for (int i = 0; i < n; i++) {
-            uint16_t h;
-            memcpy(&h, in + 2 * i, 2);
-            x[i] = from_half(h);
-        }
+        decode_half(in, n, x);
         in += 2 * n;
     }
 }
@@ -384,6 +410,44 @@ static void decode_blocks(const ift_codec *c, const uint8_t *codes, const float 
     }
 }
 #else
+#if IFT_BY_LANE
+/* 32 codes of 4 bits at a time: a table of bytes for each of a level's four, then bytes to floats by zips. What is written
+ * past the end of the run is put right as below. */
+INLINE int decode_many(const ift_run *u, const uint8_t *codes, const float *levels, float scale, float *out, int room) {
+    const uint8x16x4_t table = vld4q_u8((const uint8_t *)(levels ? levels : nf4_levels));
+    const uint8_t *p = codes + (u->code >> 1);
+    const int odd = u->code & 1;
+    const float32x4_t s = vdupq_n_f32(scale);
+    int i = 0;
+    for (; i < u->n && i + 32 <= room; i += 32, p += 16) {
+        const uint8x16_t two = vld1q_u8(p), next = vld1q_u8(p + odd), high = vshrq_n_u8(two, 4);
+        const uint8x16_t low = vandq_u8(next, vdupq_n_u8(15)), first = odd ? high : low, second = odd ? low : high;
+        const uint8x16_t code[2] = {vzip1q_u8(first, second), vzip2q_u8(first, second)};
+        float32x4_t v[8];
+        if (levels) {
+            uint8x16_t byte[4][2];
+            uint16x8_t half[4][2];
+            UNROLL for (int j = 0; j < 4; j++)
+                UNROLL for (int k = 0; k < 2; k++) byte[j][k] = vqtbl1q_u8(table.val[j], code[k]);
+            UNROLL for (int j = 0; j < 2; j++)
+                UNROLL for (int k = 0; k < 2; k++) {
+                    half[2 * k][j] = vreinterpretq_u16_u8(vzip1q_u8(byte[2 * j][k], byte[2 * j + 1][k]));
+                    half[2 * k + 1][j] = vreinterpretq_u16_u8(vzip2q_u8(byte[2 * j][k], byte[2 * j + 1][k]));
+                }
+            UNROLL for (int k = 0; k < 4; k++) {
+                v[2 * k] = vreinterpretq_f32_u16(vzip1q_u16(half[k][0], half[k][1]));
+                v[2 * k + 1] = vreinterpretq_f32_u16(vzip2q_u16(half[k][0], half[k][1]));
+            }
+        } else {
+            vbytes(code, v);
+        }
+        UNROLL for (int j = 0; j < 8; j++) v[j] = vmulq_f32(v[j], s);
+        UNROLL for (int j = 0; j < 8; j++) vst1q_f32(out + i + 4 * j, v[j]);
+    }
+    return i;
+}
+#endif
+
 /* Whole vectors of a run; what they write past it is put right by the next one, or by the gap's zeros. Returns how many
  * values that was. room: floats from out to the end of the row. */
 #if IFT_VL > 1
@@ -398,6 +462,9 @@ INLINE int decode_vectors(const ift_run *u, const uint8_t *codes, int bits, cons
     const vwords shift = bits == 4 ? (vwords){0, 4, 8, 12} : (vwords){0, 2, 4, 6};
 #endif
     const vwords mask = (vwords){0} + (bits == 4 ? 15u : 3u);
+#if IFT_BY_LANE
+    if (bits == 4) i = decode_many(u, codes, levels, scale, out, room), p += i / 2;
+#endif
     for (; i < u->n && i + IFT_VL <= room; i += IFT_VL, p += IFT_VL * bits / 8) {
         uint64_t w;
         memcpy(&w, p, 8);
@@ -477,37 +544,39 @@ INLINE float scale_at(const ift_codec *c, const uint8_t *in, int i) {
     return float_of((uint32_t)half << 16);
 }
 
-/* Codes of 8, 4 and 2 bits times their scales. */
-static void decode_scaled(const ift_codec *c, const uint8_t *in, float *row, int width) {
+/* One run; of nf4-hw, 16 values, which its codes then only choose from. What a damaged scale of it has beyond 23 bits is not
+ * looked at. */
+INLINE void decode_scaled(const ift_codec *c, const uint8_t *in, const ift_run *u, int bits, float *out, int room) {
     const uint8_t *codes = in + c->codes_at;
+    float scale = scale_at(c, in, u->scale);
+    if (bits == 8) decode_int8((const int8_t *)codes + u->code, u->n, scale, out, room);
+    else decode_run(u, codes, bits, scale, out, room);
+}
+INLINE void decode_fixed(const ift_codec *c, const uint8_t *in, const ift_run *u, float *out, int room) {
+    int32_t m;
+    float values[16];
+    memcpy(&m, in + 4 * u->scale, 4);
+    times_scale(nf4_levels16, m & 0x7fffff, 0x1p-16f, values);
+    decode_values(u, in + c->codes_at, values, out, room);
+}
+static void decode_one(const ift_codec *c, const uint8_t *in, const ift_run *u, int bits, float *out, int room) {
+    if (IFT_FIXED && c->fixed) decode_fixed(c, in, u, out, room);
+    else decode_scaled(c, in, u, bits, out, room);
+}
+
+/* Codes of 8, 4 and 2 bits, run by run or in blocks. */
+static void decode_codes(const ift_codec *c, const uint8_t *in, float *row, int width) {
 #if IFT_VL == 16
     if (c->blocks_n) {
         float scales[IFT_BLOCK_SCALES];
         for (int i = 0; i < c->scales_n; i++) scales[i] = scale_at(c, in, i);
-        decode_blocks(c, codes, scales, row);
+        decode_blocks(c, in + c->codes_at, scales, row);
         return;
     }
 #endif
     for (int s = 0, r = 0; s < c->spans_n; s++)
-        for (; r < c->spans[s].runs_to; r++) {
-            const ift_run *u = &c->runs[r];
-            float scale = scale_at(c, in, u->scale), *out = row + u->at;
-            int bits = c->spans[s].bits, room = width - u->at;
-            if (bits == 8) decode_int8((const int8_t *)codes + u->code, u->n, scale, out, room);
-            else decode_run(u, codes, bits, scale, out, room);
-        }
-}
-
-/* nf4-hw: 16 values a group, which its codes then only choose from. What a damaged scale has beyond 23 bits is not
- * looked at. */
-static void decode_fixed(const ift_codec *c, const uint8_t *in, float *row, int width) {
-    for (const ift_run *u = c->runs; u < c->runs + c->runs_n; u++) {
-        int32_t m;
-        float values[16];
-        memcpy(&m, in + 4 * u->scale, 4);
-        times_scale(nf4_levels16, m & 0x7fffff, 0x1p-16f, values);
-        decode_values(u, in + c->codes_at, values, row + u->at, width - u->at);
-    }
+        for (; r < c->spans[s].runs_to; r++)
+            decode_one(c, in, &c->runs[r], c->spans[s].bits, row + c->runs[r].at, width - c->runs[r].at);
 }
 
 void codec_decode(const ift_plan *p, const ift_codec *c, const uint8_t *in, float *row) {
@@ -515,12 +584,38 @@ void codec_decode(const ift_plan *p, const ift_codec *c, const uint8_t *in, floa
         memcpy(row, in, (size_t)p->row_width * sizeof *row);
         return;
     }
-    if (IFT_FIXED && c->fixed) decode_fixed(c, in, row, (int)p->row_width);
-    else decode_scaled(c, in, row, (int)p->row_width);
+    decode_codes(c, in, row, (int)p->row_width);
     if (c->half_at >= 0) decode_halves(p, c, in, row);
     for (int k = 1; k <= p->L; k++) {
         int n;
         float *x = row + segment_at(p, k, &n);
         for (int i = n; i < (int)ift_pad(n); i++) x[i] = 0;
     }
+}
+
+int codec_decode_part(const ift_plan *p, const ift_codec *c, const uint8_t *in, int k, int first, int last, int run,
+                      float *out) {
+    int n;
+    const int at = (int)segment_at(p, k, &n), end = last < n ? last : n;
+    if (c->id == IFT_FP32) {
+        memcpy(out, in + 4 * (at + first), (size_t)(end - first) * sizeof *out);
+    } else if (k >= c->half_first) {
+        const uint8_t *from = in + c->half_at + 2 * first;
+        for (int j = c->half_first, m; j < k; j++) (void)segment_at(p, j, &m), from += 2 * m;
+        decode_half(from, end - first, out);
+    } else {
+        const ift_span *span = c->spans;
+        for (; run < c->runs_n && c->runs[run].at < at + end; run++) {
+            ift_run u = c->runs[run];
+            int skip = at + first - u.at, over = u.at + u.n - (at + end);
+            if (skip >= u.n) continue;
+            if (skip > 0) u.at += skip, u.code += skip, u.n -= skip;
+            if (over > 0) u.n -= over;
+            while (run >= span->runs_to) span++;
+            decode_one(c, in, &u, span->bits, out + u.at - at - first, last - (u.at - at));
+            if (over > 0) break;
+        }
+    }
+    for (int i = end; i < last; i++) out[i - first] = 0;
+    return run;
 }

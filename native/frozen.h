@@ -45,9 +45,9 @@ static void pack_frozen(const ift_plan *p, const float *frozen, float *ws) {
 #define FROZEN_CONV(p, y, packed, at, ws) ((packed) + (at)) /* regrouped weights of conv layer y */
 #endif
 
-/* Records of one panel: n <= lanes samples at x[0…n). Convolutions on lanes, with their packed weights one layer after
- * the other; then fc layers on the rows themselves. */
-static void frozen_panel(const ift_plan *p, const float *frozen, const float *packed, const float *const *x, int n, int lw,
+/* The conv layers' part of the records of one panel: n <= lanes samples at x[0…n), with packed weights one layer after the
+ * other. */
+INLINE void frozen_convs(const ift_plan *p, const float *frozen, const float *packed, const float *const *x, int n, int lw,
                          float *rows, float *ws) {
     (void)lw;
     float *a = ws + p->ws_lanes_a, *b = ws + p->ws_lanes_b;
@@ -79,6 +79,14 @@ static void frozen_panel(const ift_plan *p, const float *frozen, const float *pa
             LANES(lw, to_rows, a, n, y->n_out, rows + at, width);
         }
     }
+}
+
+/* The fc layers' part of the records of n samples, on the rows themselves. */
+INLINE void frozen_dense(const ift_plan *p, const float *frozen, const float *const *x, int n, float *rows, float *ws) {
+    (void)ws;
+    int64_t width = p->row_width;
+    int k = 0;
+    while (k < p->L && p->layer[k].d.kind == IFT_CONV) k++;
     for (; k < p->L; k++) {
         const ift_layer *y = &p->layer[k];
         int64_t at = k + 1 < p->L ? p->layer[k + 1].tap : p->output_at;
@@ -112,7 +120,8 @@ static void frozen_rows(const ift_plan *p, const float *frozen, const float *con
         int lw = panel_lanes(n - s);
         if (p->layer[0].d.kind == IFT_FC) lw = IFT_CHUNK; /* rows only: no lanes to fill */
         int m = n - s < lw ? n - s : lw;
-        frozen_panel(p, frozen, ws + p->ws_pack, x + s, m, lw, rows + s * p->row_width, ws);
+        frozen_convs(p, frozen, ws + p->ws_pack, x + s, m, lw, rows + s * p->row_width, ws);
+        frozen_dense(p, frozen, x + s, m, rows + s * p->row_width, ws);
         s += m;
     }
 }

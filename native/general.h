@@ -59,7 +59,7 @@ static const float **row_pointers(const ift_plan *p, const float *rows, int64_t 
 /* h (Rp, batch_p) = A · rowsᵀ, zero past S */
 static void project(const ift_plan *p, int S, const float *rows, int64_t pitch, const float *a, int n, float *h,
                     float *ws) {
-    dot(S, row_pointers(p, rows, pitch, S, ws), 0, p->Rp, a, n, n, h, p->batch_p);
+    dot(S, row_pointers(p, rows, pitch, S, ws), 0, p->Rp, a, n, n, 0, h, p->batch_p);
     for (int r = 0; r < p->Rp; r++)
         for (int s = S; s < p->batch_p; s++) h[(ptrdiff_t)r * p->batch_p + s] = 0;
 }

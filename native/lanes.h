@@ -88,6 +88,17 @@ INLINE void LN(conv_tile)(int oc, int rb, int cb, const conv_args *g, const floa
                 LV v[2][4];
                 UNROLL for (int r = 0; r < rb; r++)
                     UNROLL for (int c = 0; c < cb; c++) v[r][c] = LN(load)(xi + r * pitch + (kx + c) * LW);
+#if IFT_BY_LANE
+                if (oc >= 4) { /* weights 0 … 3, and those that end with the last one */
+                    LV low = LN(load)(wi), high = LN(load)(wi + oc - 4);
+                    if (oc > 4 && rb == 2) IN_PLACE(low, high, v[0][0], v[1][cb - 1]);
+                    UNROLL for (int o = 0; o < oc; o++)
+                        UNROLL for (int r = 0; r < rb; r++)
+                            UNROLL for (int c = 0; c < cb; c++)
+                                acc[o][r][c] = vlane(acc[o][r][c], v[r][c], o < 4 ? low : high, o < 4 ? o : o + 4 - oc);
+                    continue;
+                }
+#endif
                 UNROLL for (int o = 0; o < oc; o++) {
                     LV s = LN(set)(wi[o]);
                     UNROLL for (int r = 0; r < rb; r++)

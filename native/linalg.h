@@ -31,7 +31,21 @@ INLINE void gemm_tile(int m, int v, const gemm_args *g, const float *a, const fl
             else acc[i][j] = vload(bias + j * IFT_VL);
         }
     }
-    for (ptrdiff_t k = 0; k < g->K; k++) {
+    ptrdiff_t k = 0;
+#if IFT_BY_LANE
+    if (g->ak == 1)
+        for (; k + 4 <= g->K; k += 4) {
+            vf s[GEMM_M];
+            UNROLL for (int i = 0; i < m; i++) s[i] = vload(a + i * g->ai + k);
+            UNROLL for (int t = 0; t < 4; t++) {
+                vf row[GEMM_V];
+                UNROLL for (int j = 0; j < v; j++) row[j] = vload(b + (k + t) * g->ldb + j * IFT_VL);
+                UNROLL for (int i = 0; i < m; i++)
+                    UNROLL for (int j = 0; j < v; j++) acc[i][j] = vlane(acc[i][j], row[j], s[i], t);
+            }
+        }
+#endif
+    for (; k < g->K; k++) {
         vf row[GEMM_V];
         UNROLL for (int j = 0; j < v; j++) row[j] = vload(b + k * g->ldb + j * IFT_VL);
         UNROLL for (int i = 0; i < m; i++) {
@@ -150,31 +164,35 @@ INLINE void reduce_tile(int ns, vf acc[4][4], float *h, ptrdiff_t ldh) {
 #endif
 }
 
-/* h[r][s] = Σ_n x[s][n] · a[r][n] for four ranks and ns samples. */
-INLINE void dot_tile(int ns, const float *const *x, ptrdiff_t shift, const float *a, ptrdiff_t lda, int n, float *h,
+/* h[r][s] = Σ_n x[s][n] · a[r][n] for four ranks and ns samples, or += where `add`. */
+INLINE void dot_tile(int ns, const float *const *x, ptrdiff_t shift, const float *a, ptrdiff_t lda, int n, int add, float *h,
                      ptrdiff_t ldh) {
     vf acc[4][4];
     UNROLL for (int s = 0; s < ns; s++) UNROLL for (int r = 0; r < 4; r++) acc[s][r] = vset(0);
+    if (add) UNROLL for (int s = 0; s < ns; s++) UNROLL for (int r = 0; r < 4; r++) acc[s][r] = vfirst(h[r * ldh + s]);
     const float *p[4];
     UNROLL for (int s = 0; s < ns; s++) p[s] = x[s] + shift;
     for (int i = 0; i < n; i += IFT_VL) {
         vf ar[4];
         UNROLL for (int r = 0; r < 4; r++) ar[r] = vload(a + r * lda + i);
-        UNROLL for (int s = 0; s < ns; s++) {
-            vf v = vload(p[s] + i);
-            UNROLL for (int r = 0; r < 4; r++) acc[s][r] += v * ar[r];
-        }
+        vf v[4];
+        UNROLL for (int s = 0; s < ns; s++) v[s] = vload(p[s] + i);
+#if IFT_BY_LANE /* in order, loads between products would stop them */
+        IN_PLACE(ar[0], ar[3], v[0], v[ns - 1]);
+#endif
+        UNROLL for (int s = 0; s < ns; s++)
+            UNROLL for (int r = 0; r < 4; r++) acc[s][r] += v[s] * ar[r];
     }
     reduce_tile(ns, acc, h, ldh);
 }
 
-/* h (R, ldh) = A · Xᵀ: rows x[s] + shift of n floats (a multiple of IFT_PAD), R a multiple of 4. */
-static void dot(int S, const float *const *x, ptrdiff_t shift, int R, const float *a, ptrdiff_t lda, int n, float *h,
-                ptrdiff_t ldh) {
+/* h (R, ldh) = A · Xᵀ, or += where `add`: rows x[s] + shift of n floats (a multiple of IFT_PAD), R a multiple of 4. */
+static void dot(int S, const float *const *x, ptrdiff_t shift, int R, const float *a, ptrdiff_t lda, int n, int add,
+                float *h, ptrdiff_t ldh) {
     for (int r = 0; r < R; r += 4) {
         int s = 0;
-        for (; s + DOT_S <= S; s += DOT_S) dot_tile(DOT_S, x + s, shift, a + r * lda, lda, n, h + r * ldh + s, ldh);
-        for (; s < S; s++) dot_tile(1, x + s, shift, a + r * lda, lda, n, h + r * ldh + s, ldh);
+        for (; s + DOT_S <= S; s += DOT_S) dot_tile(DOT_S, x + s, shift, a + r * lda, lda, n, add, h + r * ldh + s, ldh);
+        for (; s < S; s++) dot_tile(1, x + s, shift, a + r * lda, lda, n, add, h + r * ldh + s, ldh);
     }
 }
 
@@ -183,7 +201,23 @@ INLINE void outer_tile(int v, int S, const float *g, ptrdiff_t ldg, const float 
                        ptrdiff_t shift, float *a, ptrdiff_t lda) {
     vf acc[4][OUTER_V];
     UNROLL for (int r = 0; r < 4; r++) UNROLL for (int j = 0; j < v; j++) acc[r][j] = vload(a + r * lda + j * IFT_VL);
-    for (int s = 0; s < S; s++) {
+    int s = 0;
+#if IFT_BY_LANE
+    for (; s + 4 <= S; s += 4) {
+        vf w[4];
+        UNROLL for (int r = 0; r < 4; r++) w[r] = vload(g + r * ldg + s);
+        UNROLL for (int t = 0; t < 4; t++) {
+            const float *p = x[s + t] + shift;
+            vf row[OUTER_V];
+            UNROLL for (int j = 0; j < v; j++) row[j] = vload(p + j * IFT_VL);
+            if (next) UNROLL for (int j = 0; j < v * IFT_VL; j += IFT_PAD) __builtin_prefetch(next[s + t] + shift + j, 0, 2);
+            IN_PLACE(row[0], row[v - 1], w[0], w[3]);
+            UNROLL for (int r = 0; r < 4; r++)
+                UNROLL for (int j = 0; j < v; j++) acc[r][j] = vlane(acc[r][j], row[j], w[r], t);
+        }
+    }
+#endif
+    for (; s < S; s++) {
         const float *p = x[s] + shift;
         vf row[OUTER_V];
         UNROLL for (int j = 0; j < v; j++) row[j] = vload(p + j * IFT_VL);

@@ -5,23 +5,21 @@
 #include "linalg.h"
 #include "loss.h"
 
-/* The parts of a step. Whoever has room for few decoded rows at a time runs skip_hidden and skip_outer on a few samples
- * after the other: sums run in the order of the samples either way, so that the result is the same to the bit. */
+/* Outputs first … last-1 of the frozen network, c, in a sample's column of z (C, ld): gain·c + bias. */
+INLINE void skip_frozen(const ift_plan *p, const float *params, const float *c, int first, int last, int ld, float *z) {
+    const float gain = params[p->gain], *bias = params + p->bias;
+    for (int i = first; i < last; i++) z[(ptrdiff_t)i * ld] = gain * c[i - first] + bias[i];
+}
 
-/* z (C, ld) = gain·c + bias and h (J, ld) = A_k·x^k of every adapter, in columns s0 … s0+S. x, rec: inputs and record
- * rows of these samples. */
-static void skip_hidden(const ift_plan *p, const float *params, int s0, int S, int ld, const float *const *x,
+/* z (C, ld) = gain·c + bias and h (J, ld) = A_k·x^k of every adapter. x, rec: inputs and record rows. */
+static void skip_hidden(const ift_plan *p, const float *params, int S, int ld, const float *const *x,
                         const float *const *rec, float *h, float *z) {
-    float gain = params[p->gain];
-    const float *bias = params + p->bias;
-    h += s0, z += s0;
-    for (int s = 0; s < S; s++)
-        for (int c = 0; c < p->C; c++) z[(ptrdiff_t)c * ld + s] = gain * rec[s][p->output_at + c] + bias[c];
+    for (int s = 0; s < S; s++) skip_frozen(p, params, rec[s] + p->output_at, 0, p->C, ld, z + s);
     for (int k = p->skip_first; k < p->L; k++, h += (ptrdiff_t)p->Rp * ld) {
         const ift_layer *y = &p->layer[k];
         const float *a = params + y->t[IFT_ROLE_SKIP_A].offset;
-        if (k == 0) dot(S, x, 0, p->Rp, a, y->Np, y->Np, h, ld);
-        else dot(S, rec, y->tap, p->Rp, a, y->Np, y->Np, h, ld);
+        if (k == 0) dot(S, x, 0, p->Rp, a, y->Np, y->Np, 0, h, ld);
+        else dot(S, rec, y->tap, p->Rp, a, y->Np, y->Np, 0, h, ld);
     }
 }
 
@@ -40,7 +38,7 @@ static void skip_output(const ift_plan *p, const float *params, int S, int ld, f
 /* Logits of a whole batch. */
 static void skip_logits(const ift_plan *p, const float *params, int S, int ld, const float *const *x,
                         const float *const *rec, float *h, float *z) {
-    skip_hidden(p, params, 0, S, ld, x, rec, h, z);
+    skip_hidden(p, params, S, ld, x, rec, h, z);
     skip_output(p, params, S, ld, h, z);
 }
 
@@ -74,11 +72,9 @@ static void skip_gradient(const ift_plan *p, const float *params, float *target,
     gemm(J, p->Cp, S, h, ld, 1, g, p->Cp, target + b, p->Cp, FROM_C, NULL, 0);
 }
 
-/* A's part of the update by the samples of columns s0 … s0+S, added to target. */
-static void skip_outer(const ift_plan *p, float *target, int s0, int S, int ld, const float *const *x,
-                       const float *const *rec, const float *const *next_x, const float *const *next_rec,
-                       const float *dh) {
-    dh += s0;
+/* A's part of the update, added to target. */
+static void skip_outer(const ift_plan *p, float *target, int S, int ld, const float *const *x, const float *const *rec,
+                       const float *const *next_x, const float *const *next_rec, const float *dh) {
     for (int k = p->skip_first; k < p->L; k++, dh += (ptrdiff_t)p->Rp * ld) {
         const ift_layer *y = &p->layer[k];
         float *a = target + y->t[IFT_ROLE_SKIP_A].offset;
@@ -100,7 +96,7 @@ static double skip_step(const ift_plan *p, ift_job *job, int S, const float *con
     *correct += hits;
     if (job->velocity) skip_velocity(p, params, job->velocity, job->momentum, 0);
     skip_gradient(p, params, target, S, ld, h, dh, z, ws + p->ws_g);
-    skip_outer(p, target, 0, S, ld, x, rec, next_x, next_rec, dh);
+    skip_outer(p, target, S, ld, x, rec, next_x, next_rec, dh);
     if (job->velocity) skip_velocity(p, params, job->velocity, job->momentum, 1);
     return loss;
 }

@@ -13,9 +13,17 @@
 #if defined(__x86_64__) && IFT_VL > 1
 #include <immintrin.h>
 #endif
+#if defined(__aarch64__) && IFT_VL > 1
+#include <arm_neon.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
-#if defined(__clang__)
+#if !defined(__has_feature)
+#define __has_feature(x) 0
+#endif
+#if __has_feature(address_sanitizer)
+#define UNROLL /* with a check at every index, the unrolled loops of a convolution take clang for ever */
+#elif defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
@@ -44,6 +52,13 @@ typedef int32_t i4 __attribute__((vector_size(16)));
 #define IFT_MANY_REGISTERS 0
 #endif
 
+/* NEON multiplies by one lane of a register at no cost: four factors are one load, not four. */
+#if IFT_VL == 4 && defined(__aarch64__)
+#define IFT_BY_LANE 1
+#else
+#define IFT_BY_LANE 0
+#endif
+
 #if defined(__clang__)
 #define SHUFFLE(mask, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -55,6 +70,7 @@ INLINE vf vload(const float *p) { return *p; } /* a memcpy would go byte by byte
 INLINE void vstore(float *p, vf v) { *p = v; }
 INLINE vf vset(float x) { return x; }
 INLINE vf vmax(vf a, vf b) { return a > b ? a : b; } /* b where either is NaN */
+INLINE vf vfirst(float x) { return x; } /* the other lanes are zero */
 INLINE float vsum(vf v) { return v; }
 INLINE float vmaximum(vf v) { return v; }
 INLINE vi vmask(vi comparison) { return -(comparison != 0); }
@@ -80,6 +96,7 @@ INLINE int vcount(vi mask) {
     return n;
 }
 INLINE vf vset(float x) { return x - (vf){0}; }
+INLINE vf vfirst(float x) { return (vf){x}; }
 /* max(a, b), and vmax(zero, x) lets a NaN in x through. */
 INLINE vf vmax(vf a, vf b) {
 #if defined(__AVX512F__) && IFT_VL == 16
@@ -132,6 +149,28 @@ INLINE v4 vsum4(vf a, vf b, vf c, vf d) {
     v4 zw = SHUFFLE(i4, z, w, 0, 4, 1, 5) + SHUFFLE(i4, z, w, 2, 6, 3, 7);
     return SHUFFLE(i4, xy, zw, 0, 1, 4, 5) + SHUFFLE(i4, xy, zw, 2, 3, 6, 7);
 }
+#if IFT_BY_LANE
+/* 32 bytes as floats. */
+INLINE void vbytes(const uint8x16_t b[2], float32x4_t v[8]) {
+    uint16x8_t wide[4];
+    UNROLL for (int k = 0; k < 2; k++) wide[2 * k] = vmovl_u8(vget_low_u8(b[k])), wide[2 * k + 1] = vmovl_high_u8(b[k]);
+    UNROLL for (int k = 0; k < 4; k++) {
+        v[2 * k] = vcvtq_f32_u32(vmovl_u16(vget_low_u16(wide[k])));
+        v[2 * k + 1] = vcvtq_f32_u32(vmovl_high_u16(wide[k]));
+    }
+}
+/* Four values that must be in registers here: a processor that runs in order stops where loads lie between products. */
+#define IN_PLACE(a, b, c, d) __asm__("" : "+w"(a), "+w"(b), "+w"(c), "+w"(d))
+/* acc + v·w[lane]; lane is a constant at every call */
+INLINE vf vlane(vf acc, vf v, vf w, int lane) {
+    switch (lane) {
+    case 0: return (vf)vfmaq_laneq_f32((float32x4_t)acc, (float32x4_t)v, (float32x4_t)w, 0);
+    case 1: return (vf)vfmaq_laneq_f32((float32x4_t)acc, (float32x4_t)v, (float32x4_t)w, 1);
+    case 2: return (vf)vfmaq_laneq_f32((float32x4_t)acc, (float32x4_t)v, (float32x4_t)w, 2);
+    default: return (vf)vfmaq_laneq_f32((float32x4_t)acc, (float32x4_t)v, (float32x4_t)w, 3);
+    }
+}
+#endif
 INLINE float vsum(vf v) {
     v4 q = vfold(v);
     return (q[0] + q[2]) + (q[1] + q[3]);

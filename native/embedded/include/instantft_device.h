@@ -9,6 +9,7 @@
  *     commit                       the second one goes live, the first one is kept
  *     rollback                     back to the one before; or, before commit, the training is dropped
  *     save, load                   the live adapter, in two slots, of which a power cut leaves one whole
+ *     save_samples, load_samples   what was learnt from, so that a restart does not lose it
  */
 #ifndef INSTANTFT_DEVICE_H
 #define INSTANTFT_DEVICE_H
@@ -32,7 +33,7 @@ enum instantft_result {
     INSTANTFT_NOTHING = -4,      /* commit: no finished training; rollback: nothing to go back to */
     INSTANTFT_DIVERGED = -5,     /* train: the loss is not finite; the live adapter is untouched */
     INSTANTFT_IO = -6,           /* save, load: a callback failed */
-    INSTANTFT_NOT_FOUND = -7,    /* load: no slot holds a whole adapter of this model */
+    INSTANTFT_NOT_FOUND = -7,    /* load: no slot holds a whole adapter, or samples, of this model */
 };
 
 typedef struct instantft instantft;
@@ -46,7 +47,7 @@ int instantft_infer(instantft *t, const instantft_value *x, float *logits);
 
 /* Keep a sample and its label (0 … INSTANTFT_C-1). */
 int instantft_add_sample(instantft *t, const instantft_value *x, int label);
-/* The same for n of them, one after the other in x; with vectors of 4 this is faster for convolutions. */
+/* The same for n of them, one after the other in x; with vectors of 4 this is faster. */
 int instantft_add_samples(instantft *t, const instantft_value *x, const int *labels, int n);
 /* Forget all samples, and overwrite them with zeros. A training that has begun is dropped. */
 void instantft_clear_samples(instantft *t);
@@ -68,7 +69,8 @@ typedef struct instantft_report {
 } instantft_report;
 void instantft_status(const instantft *t, instantft_report *report);
 
-/* Where save and load keep two slots of INSTANTFT_SLOT bytes each. Callbacks return 0, or anything else for failure. What
+/* Where save and load keep two slots of INSTANTFT_SLOT bytes each, and samples a third one, number 2, of
+ * INSTANTFT_SAMPLES_SLOT bytes. Callbacks return 0, or anything else for failure. What
  * was written must be there before the next call begins. */
 typedef struct instantft_storage {
     void *user;
@@ -81,6 +83,12 @@ typedef struct instantft_storage {
 int instantft_save(instantft *t, const instantft_storage *storage);
 /* The newest whole one of this model goes live; the adapter before is kept for rollback. */
 int instantft_load(instantft *t, const instantft_storage *storage);
+
+/* Write all samples, with their labels and records, into slot 2. A power cut in the middle leaves it empty. */
+int instantft_save_samples(instantft *t, const instantft_storage *storage);
+/* The samples of slot 2 take the place of those that are kept; a training that has begun is dropped. With NOT_FOUND nothing
+ * has changed; with IO no samples are left. */
+int instantft_load_samples(instantft *t, const instantft_storage *storage);
 
 #ifdef __cplusplus
 }

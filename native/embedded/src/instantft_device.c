@@ -131,24 +131,37 @@ static void place(ift_plan *p) {
     p->ws_h = IFT_WS_H, p->ws_dh = IFT_WS_DH, p->ws_z = IFT_WS_Z, p->ws_g = IFT_WS_G;
 }
 
-/* A sample as the network wants it: scaled, normalised, padded with zeros. Returns 0 if it is not finite. */
-static int prepare(const instantft_value *x, float *row) {
+/* Values first … last-1 of a sample as the network wants them: scaled, normalised, zeros past the end. Returns 0 if one is
+ * not finite. */
+static int prepare(const instantft_value *x, int first, int last, float *to) {
+    const int end = last < N ? last : N;
     int finite = 1;
-    for (int i = 0; i < N; i++) {
 #if IFT_INPUT8
-        row[i] = (float)x[i] * (float)(1.0 / 255);
-#else
-        row[i] = x[i];
+    int at = first;
+#if IFT_BY_LANE
+    for (; at + 32 <= end; at += 32) {
+        const uint8x16_t b[2] = {vld1q_u8(x + at), vld1q_u8(x + at + 16)};
+        float32x4_t v[8];
+        vbytes(b, v);
+        UNROLL for (int j = 0; j < 8; j++) vst1q_f32(to + at - first + 4 * j, vmulq_n_f32(v[j], (float)(1.0 / 255)));
+    }
 #endif
+    for (; at < end; at++) to[at - first] = (float)x[at] * (float)(1.0 / 255);
+#else
+    for (int i = first; i < end; i++) to[i - first] = x[i];
+#endif
+#if IFT_MEANS || IFT_STDS
+    for (int i = first; i < end; i++) {
 #if IFT_MEANS
-        row[i] -= instantft_mean[i / (N / IFT_MEANS)];
+        to[i - first] -= instantft_mean[i / (N / IFT_MEANS)];
 #endif
 #if IFT_STDS
-        row[i] /= instantft_std[i / (N / IFT_STDS)];
+        to[i - first] /= instantft_std[i / (N / IFT_STDS)];
 #endif
-        finite &= isfinite(row[i]) != 0;
     }
-    for (int i = N; i < (int)ift_pad(N); i++) row[i] = 0;
+#endif
+    for (int i = end; i < last; i++) to[i - first] = 0;
+    for (int i = 0; i < last - first; i++) finite &= isfinite(to[i]) != 0;
     return finite;
 }
 
@@ -165,52 +178,46 @@ static uint8_t *kept_input(const instantft *t, int i) { return t->arena + IFT_AT
 static uint8_t *kept_record(const instantft *t, int i) { return t->arena + IFT_AT_CACHE + (size_t)i * IFT_STRIDE; }
 static uint16_t *kept_labels(const instantft *t) { return (uint16_t *)(void *)(t->arena + IFT_AT_LABELS); }
 
-/* Sample i as it is kept. */
-static void decode_input(const instantft *t, int i, float *row) {
+/* Values first … last-1 of sample i as it is kept; past its end they are zero. */
+static void decode_input(const instantft *t, int i, int first, int last, float *out) {
 #if IFT_INPUT8
-    (void)prepare(kept_input(t, i), row);
+    (void)prepare(kept_input(t, i), first, last, out);
 #else
-    codec_decode(&input_plan, &input_codec, kept_input(t, i), row);
+    (void)codec_decode_part(&input_plan, &input_codec, kept_input(t, i), 1, first, last, 0, out);
 #endif
 }
 
 static float *input_row(const instantft *t, int r) { return scratch(t) + IFT_WS_X + (ptrdiff_t)r * ift_pad(N); }
 static float *record_row(const instantft *t, int r) { return scratch(t) + IFT_WS_ROWS + (ptrdiff_t)r * t->plan.row_width; }
 
-/* Samples numbers[0…n), decoded; x, rec: where. */
-static void decode(const instantft *t, const uint32_t *numbers, int n, const float **x, const float **rec) {
-    for (int r = 0; r < n; r++) {
-        int i = (int)numbers[r];
-        decode_input(t, i, input_row(t, r));
-        codec_decode(&t->plan, &t->codec, kept_record(t, i), record_row(t, r));
-        x[r] = input_row(t, r), rec[r] = record_row(t, r);
-    }
-}
-
-/* Records of n ≤ IFT_VL samples whose rows are in place. */
+/* Records of n ≤ IFT_HELD samples whose rows are in place: fc layers take all of them, so that weights move once. */
 static void run_frozen(const instantft *t, const float *const *x, int n) {
     clear_gaps(&t->plan, n, record_row(t, 0));
-    frozen_panel(&t->plan, instantft_frozen, instantft_packed, x, n, IFT_VL, record_row(t, 0), scratch(t));
+    for (int s = 0; s < n; s += IFT_VL) {
+        int m = n - s < IFT_VL ? n - s : IFT_VL;
+        frozen_convs(&t->plan, instantft_frozen, instantft_packed, x + s, m, IFT_VL, record_row(t, s), scratch(t));
+    }
+    frozen_dense(&t->plan, instantft_frozen, x, n, record_row(t, 0), scratch(t));
 }
 
 int instantft_add_samples(instantft *t, const instantft_value *x, const int *labels, int n) {
     if (n < 1) return INSTANTFT_BAD_INPUT;
     for (int first = 0; first < n;) {
-        const float *rows[IFT_VL];
+        const float *rows[IFT_HELD];
         int m = 0, status = INSTANTFT_DONE;
-        for (; m < IFT_VL && first + m < n; m++) {
+        for (; m < IFT_HELD && first + m < n; m++) {
             int i = t->samples + m, label = labels[first + m];
             const instantft_value *from = x + (size_t)(first + m) * N;
             float *row = input_row(t, m);
             rows[m] = row;
             if (i >= CAPACITY) status = INSTANTFT_FULL;
-            else if (label < 0 || label >= C || !prepare(from, row)) status = INSTANTFT_BAD_INPUT;
+            else if (label < 0 || label >= C || !prepare(from, 0, (int)ift_pad(N), row)) status = INSTANTFT_BAD_INPUT;
             if (status) break;
 #if IFT_INPUT8
             memcpy(kept_input(t, i), from, N);
 #else
             codec_encode(&input_plan, &input_codec, row, kept_input(t, i), NULL);
-            decode_input(t, i, row); /* the record is that of the sample as it is kept */
+            decode_input(t, i, 0, (int)ift_pad(N), row); /* the record is that of the sample as it is kept */
 #endif
             kept_labels(t)[i] = (uint16_t)label;
         }
@@ -244,7 +251,7 @@ void instantft_clear_samples(instantft *t) {
 
 int instantft_infer(instantft *t, const instantft_value *x, float *logits) {
     const float *row = input_row(t, 0), *rec = record_row(t, 0);
-    if (!prepare(x, input_row(t, 0))) return INSTANTFT_BAD_INPUT;
+    if (!prepare(x, 0, (int)ift_pad(N), input_row(t, 0))) return INSTANTFT_BAD_INPUT;
     run_frozen(t, &row, 1);
     int ld = skip_lanes(1);
     float *h = scratch(t) + IFT_WS_H, *z = scratch(t) + IFT_WS_Z;
@@ -346,19 +353,48 @@ static void begin(instantft *t) {
 #endif
 }
 
-/* One batch, a few decoded samples at a time: forward all of them, then backward all of them. */
+/* Columns first … last-1 of tap k of m ≤ IFT_ROWS samples, decoded, rows IFT_COLUMNS apart. Returns the codec's next run. */
+static int decode_columns(const instantft *t, const uint32_t *numbers, int m, int k, int first, int last, int run,
+                          const float **rows) {
+    int next = run;
+    for (int r = 0; r < m; r++) {
+        float *to = scratch(t) + IFT_WS_COLUMNS + (ptrdiff_t)r * IFT_COLUMNS;
+        int i = (int)numbers[r];
+        if (k == 0) decode_input(t, i, first, last, to);
+        else next = codec_decode_part(&t->plan, &t->codec, kept_record(t, i), k, first, last, run, to);
+        rows[r] = to;
+    }
+    return next;
+}
+
+/* One batch, a few columns of a tap and a few samples at a time: what is decoded and its part of A stay in a small cache.
+ * Forward all of them, then backward all of them. Sums run in the order of skip_step. */
 static double step(instantft *t, const uint32_t *order, int S) {
     const ift_plan *p = &t->plan;
     float *params = adapter(t, !t->live), *target = params;
     float *h = scratch(t) + IFT_WS_H, *dh = scratch(t) + IFT_WS_DH, *z = scratch(t) + IFT_WS_Z;
     int32_t *labels = (int32_t *)(void *)(scratch(t) + IFT_WS_LABELS);
-    const float *x[IFT_ROWS], *rec[IFT_ROWS];
-    int ld = skip_lanes(S);
-    for (int s = 0; s < S; s += IFT_ROWS) {
-        int m = S - s < IFT_ROWS ? S - s : IFT_ROWS;
-        decode(t, order + s, m, x, rec);
-        skip_hidden(p, params, s, m, ld, x, rec, h, z);
+    const float *rows[IFT_ROWS];
+    const int ld = skip_lanes(S);
+    int run = 0;
+    for (int k = 0; k < p->L; k++) {
+        const ift_layer *y = &p->layer[k];
+        const float *a = params + y->t[IFT_ROLE_SKIP_A].offset;
+        for (int first = 0, last, next = run; first < y->Np; first = last, run = next) {
+            last = first + IFT_COLUMNS < y->Np ? first + IFT_COLUMNS : y->Np;
+            for (int s = 0; s < S; s += IFT_ROWS) {
+                int m = S - s < IFT_ROWS ? S - s : IFT_ROWS;
+                next = decode_columns(t, order + s, m, k, first, last, run, rows);
+                dot(m, rows, 0, p->Rp, a + first, y->Np, last - first, first > 0, h + (ptrdiff_t)k * p->Rp * ld + s, ld);
+            }
+        }
     }
+    for (int s = 0; s < S; s++)
+        for (int first = 0, last; first < C; first = last) {
+            last = first + IFT_COLUMNS < C ? first + IFT_COLUMNS : C;
+            (void)decode_columns(t, order + s, 1, p->L, first, last, run, rows);
+            skip_frozen(p, params, rows[0], first, last, ld, z + s);
+        }
     skip_output(p, params, S, ld, h, z);
     for (int s = 0; s < ld; s++) labels[s] = s < S ? kept_labels(t)[order[s]] : -1;
     double loss = softmax_loss(C, S, ld, labels, -IFT_LR / (float)S, z, z + (ptrdiff_t)C * ld, &t->correct);
@@ -369,10 +405,18 @@ static double step(instantft *t, const uint32_t *order, int S) {
     skip_velocity(p, params, target, IFT_MOMENTUM_VALUE, 0);
 #endif
     skip_gradient(p, params, target, S, ld, h, dh, z, scratch(t) + IFT_WS_G);
-    for (int s = 0; s < S; s += IFT_ROWS) {
-        int m = S - s < IFT_ROWS ? S - s : IFT_ROWS;
-        if (S > IFT_ROWS) decode(t, order + s, m, x, rec);
-        skip_outer(p, target, s, m, ld, x, rec, NULL, NULL, dh);
+    run = 0;
+    for (int k = 0; k < p->L; k++) {
+        const ift_layer *y = &p->layer[k];
+        float *a = target + y->t[IFT_ROLE_SKIP_A].offset;
+        for (int first = 0, last, next = run; first < y->Np; first = last, run = next) {
+            last = first + IFT_COLUMNS < y->Np ? first + IFT_COLUMNS : y->Np;
+            for (int s = 0; s < S; s += IFT_ROWS) {
+                int m = S - s < IFT_ROWS ? S - s : IFT_ROWS;
+                next = decode_columns(t, order + s, m, k, first, last, run, rows);
+                outer(m, rows, NULL, 0, p->Rp, dh + (ptrdiff_t)k * p->Rp * ld + s, ld, a + first, y->Np, last - first);
+            }
+        }
     }
 #if IFT_MOMENTUM
     skip_velocity(p, params, target, IFT_MOMENTUM_VALUE, 1);
@@ -460,28 +504,43 @@ static uint32_t crc32(uint32_t crc, const void *data, size_t n) {
     return ~crc;
 }
 
-static const char magic[8] = {'I', 'F', 'T', 'A', 'D', 'A', 'P', 'T'};
+static const char magic[2][8] = {{'I', 'F', 'T', 'A', 'D', 'A', 'P', 'T'}, {'I', 'F', 'T', 'S', 'A', 'M', 'P', 'L'}};
+enum { ADAPTER, SAMPLES, SAMPLES_AT = 2, SAMPLES_BYTES = IFT_AT_SCRATCH - IFT_AT_CACHE };
+_Static_assert(SAMPLES_BYTES + sizeof(header) == INSTANTFT_SAMPLES_SLOT, "records, samples and labels lie together");
 
-/* 1: the slot holds a whole adapter of this model; 0: it does not; below 0: reading failed. */
-static int whole(const instantft_storage *s, int slot, header *head) {
+/* 1: the slot holds all of what; 0: it does not; below 0: reading failed. */
+static int whole(const instantft_storage *s, int slot, int what, header *head) {
+    const uint32_t bytes = what == ADAPTER ? IFT_ADAPTER_BYTES : SAMPLES_BYTES;
     uint8_t part[64];
     if (s->read(s->user, slot, 0, head, sizeof *head)) return INSTANTFT_IO;
-    if (memcmp(head->magic, magic, sizeof magic) || head->version != 1 || head->model != IFT_MODEL_ID ||
-        head->bytes != IFT_ADAPTER_BYTES || head->check != crc32(0, head, offsetof(header, check)))
+    if (memcmp(head->magic, magic[what], sizeof magic[what]) || head->version != 1 || head->model != IFT_MODEL_ID ||
+        head->bytes != bytes || head->check != crc32(0, head, offsetof(header, check)))
         return 0;
     uint32_t crc = 0;
-    for (uint32_t at = 0; at < head->bytes; at += sizeof part) {
-        uint32_t n = head->bytes - at < sizeof part ? head->bytes - at : (uint32_t)sizeof part;
+    for (uint32_t at = 0; at < bytes; at += sizeof part) {
+        uint32_t n = bytes - at < sizeof part ? bytes - at : (uint32_t)sizeof part;
         if (s->read(s->user, slot, (uint32_t)sizeof *head + at, part, n)) return INSTANTFT_IO;
         crc = crc32(crc, part, n);
     }
     return crc == head->payload;
 }
 
+/* The header goes last: with it the slot is whole. */
+static int write_slot(const instantft_storage *s, int slot, int what, uint32_t sequence, const void *from, uint32_t bytes) {
+    header head = {.version = 1, .model = IFT_MODEL_ID, .sequence = sequence, .bytes = bytes};
+    memcpy(head.magic, magic[what], sizeof head.magic);
+    head.payload = crc32(0, from, bytes);
+    head.check = crc32(0, &head, offsetof(header, check));
+    if (s->erase(s->user, slot) || s->write(s->user, slot, sizeof head, from, bytes) ||
+        s->write(s->user, slot, 0, &head, sizeof head))
+        return INSTANTFT_IO;
+    return INSTANTFT_DONE;
+}
+
 /* The slot with the newest whole adapter, or -1; a slot that cannot be read counts as empty. */
 static int newest(const instantft_storage *s, header *head) {
     header other;
-    int first = whole(s, 0, head), second = whole(s, 1, &other);
+    int first = whole(s, 0, ADAPTER, head), second = whole(s, 1, ADAPTER, &other);
     if (second == 1 && (first != 1 || (int32_t)(other.sequence - head->sequence) > 0)) {
         *head = other;
         return 1;
@@ -492,16 +551,7 @@ static int newest(const instantft_storage *s, header *head) {
 int instantft_save(instantft *t, const instantft_storage *s) {
     header head;
     int slot = newest(s, &head);
-    uint32_t sequence = slot < 0 ? 0 : head.sequence + 1;
-    slot = slot == 0;
-    memcpy(head.magic, magic, sizeof magic);
-    head.version = 1, head.model = IFT_MODEL_ID, head.sequence = sequence, head.bytes = IFT_ADAPTER_BYTES;
-    head.payload = crc32(0, adapter(t, t->live), IFT_ADAPTER_BYTES);
-    head.check = crc32(0, &head, offsetof(header, check));
-    if (s->erase(s->user, slot) || s->write(s->user, slot, sizeof head, adapter(t, t->live), IFT_ADAPTER_BYTES) ||
-        s->write(s->user, slot, 0, &head, sizeof head))
-        return INSTANTFT_IO;
-    return INSTANTFT_DONE;
+    return write_slot(s, slot == 0, ADAPTER, slot < 0 ? 0 : head.sequence + 1, adapter(t, t->live), IFT_ADAPTER_BYTES);
 }
 
 int instantft_load(instantft *t, const instantft_storage *s) {
@@ -515,5 +565,28 @@ int instantft_load(instantft *t, const instantft_storage *s) {
     for (int64_t i = 0; i < t->plan.params; i++)
         if (!isfinite(to[i])) return INSTANTFT_NOT_FOUND;
     t->live = !t->live, t->spare = PREVIOUS;
+    return INSTANTFT_DONE;
+}
+
+/* How many samples there are, and how many of them the frozen network knew, in the place of a sequence. */
+int instantft_save_samples(instantft *t, const instantft_storage *s) {
+    uint32_t count = (uint32_t)t->samples | (uint32_t)t->right << 16;
+    return write_slot(s, SAMPLES_AT, SAMPLES, count, t->arena + IFT_AT_CACHE, SAMPLES_BYTES);
+}
+
+int instantft_load_samples(instantft *t, const instantft_storage *s) {
+    header head;
+    int found = whole(s, SAMPLES_AT, SAMPLES, &head), damaged = 0;
+    if (found < 0) return found;
+    if (!found) return INSTANTFT_NOT_FOUND;
+    instantft_clear_samples(t);
+    if (s->read(s->user, SAMPLES_AT, sizeof head, t->arena + IFT_AT_CACHE, SAMPLES_BYTES)) damaged = 1;
+    else damaged = crc32(0, t->arena + IFT_AT_CACHE, SAMPLES_BYTES) != head.payload || (head.sequence & 0xffff) > CAPACITY;
+    for (int32_t i = 0, label; i < CAPACITY; i++) label = kept_labels(t)[i], damaged |= label >= C;
+    if (damaged) {
+        instantft_clear_samples(t);
+        return INSTANTFT_IO;
+    }
+    t->samples = (int32_t)(head.sequence & 0xffff), t->right = (int32_t)(head.sequence >> 16);
     return INSTANTFT_DONE;
 }

@@ -34,19 +34,19 @@ static void gram_rows(instantft *t, int first) {
         int r = j < first ? 4 : j - first; /* where it is, or goes */
         if (j == 0)
             for (int s = 0; s < rows; s++) {
-                decode_input(t, first + s, input_row(t, s));
+                decode_input(t, first + s, 0, (int)ift_pad(N), input_row(t, s));
                 codec_decode(p, &t->codec, kept_record(t, first + s), record_row(t, s));
             }
         if (j < first) {
-            decode_input(t, j, input_row(t, r));
+            decode_input(t, j, 0, (int)ift_pad(N), input_row(t, r));
             codec_decode(p, &t->codec, kept_record(t, j), record_row(t, r));
         }
         x = input_row(t, r), rec = record_row(t, r);
         float sum[4] = {0};
         for (int k = 0; k < p->L; k++) {
             const ift_layer *y = &p->layer[k];
-            if (k == 0) dot(1, &x, 0, 4, input_row(t, 0), ift_pad(N), y->Np, h, 4);
-            else dot(1, &rec, y->tap, 4, record_row(t, 0) + y->tap, p->row_width, y->Np, h, 4);
+            if (k == 0) dot(1, &x, 0, 4, input_row(t, 0), ift_pad(N), y->Np, 0, h, 4);
+            else dot(1, &rec, y->tap, 4, record_row(t, 0) + y->tap, p->row_width, y->Np, 0, h, 4);
             for (int s = 0; s < 4; s++) sum[s] += h[4 * s];
         }
         for (int s = 0; s < rows; s++) {
@@ -205,10 +205,12 @@ static int write_adapter(instantft *t) {
         for (int j = 0; j < C; j++) to[p->bias + j] += beta * c[i] * alpha[i * Cp + j];
     for (int i = 0; i < T; i += 4) {
         const float *x[4], *rec[4];
-        uint32_t numbers[4];
         int m = T - i < 4 ? T - i : 4;
-        for (int s = 0; s < m; s++) numbers[s] = (uint32_t)(i + s);
-        decode(t, numbers, m, x, rec);
+        for (int s = 0; s < m; s++) {
+            decode_input(t, i + s, 0, (int)ift_pad(N), input_row(t, s));
+            codec_decode(p, &t->codec, kept_record(t, i + s), record_row(t, s));
+            x[s] = input_row(t, s), rec[s] = record_row(t, s);
+        }
         memset(g, 0, (size_t)(4 * p->Rp) * sizeof *g);
         for (int s = 0; s < m; s++)
             for (int j = 0; j < C; j++)

@@ -38,23 +38,24 @@ static void logits_of(instantft *t, int i, float *to) {
 }
 
 /* Storage that fails, and stops writing in the middle, after so many bytes. */
-static uint8_t slots[2][INSTANTFT_SLOT];
+static uint8_t slots[2][INSTANTFT_SLOT], kept[INSTANTFT_SAMPLES_SLOT];
+static uint8_t *place(int slot) { return slot < 2 ? slots[slot] : kept; }
 static long budget;
 static int slot_read(void *user, int slot, uint32_t at, void *to, uint32_t bytes) {
     (void)user;
-    memcpy(to, slots[slot] + at, bytes);
+    memcpy(to, place(slot) + at, bytes);
     return 0;
 }
 static int slot_erase(void *user, int slot) {
     (void)user;
     if (--budget < 0) return 1;
-    memset(slots[slot], 0xff, sizeof slots[slot]);
+    memset(place(slot), 0xff, slot < 2 ? sizeof slots[0] : sizeof kept);
     return 0;
 }
 static int slot_write(void *user, int slot, uint32_t at, const void *from, uint32_t bytes) {
     (void)user;
     uint32_t n = budget < (long)bytes ? (uint32_t)(budget < 0 ? 0 : budget) : bytes;
-    memcpy(slots[slot] + at, from, n);
+    memcpy(place(slot) + at, from, n);
     budget -= (long)bytes;
     return n < bytes;
 }
@@ -158,6 +159,31 @@ int main(void) {
         CHECK(instantft_load(fresh, &storage) == INSTANTFT_NOT_FOUND);
         slots[0][at] ^= 4, slots[1][at] ^= 4;
     }
+
+    /* samples outlive a restart, and training on them comes to the same; a power cut or a damaged bit leaves none */
+    CHECK(instantft_load_samples(t, &storage) == INSTANTFT_NOT_FOUND);
+    CHECK(instantft_save_samples(t, &storage) == INSTANTFT_DONE);
+    fresh = instantft_init(second, sizeof second);
+    CHECK(instantft_train(fresh, 1) == INSTANTFT_NO_SAMPLES);
+    CHECK(instantft_load_samples(fresh, &storage) == INSTANTFT_DONE);
+    instantft_report again;
+    instantft_status(t, &report), instantft_status(fresh, &again);
+    CHECK(again.samples == report.samples && again.right_before == report.right_before);
+    CHECK(instantft_add_sample(fresh, sample, 0) == INSTANTFT_FULL);
+    CHECK(train(fresh, 3) == INSTANTFT_DONE && instantft_commit(fresh) == INSTANTFT_DONE);
+    logits_of(fresh, 1, now);
+    CHECK(!memcmp(after, now, logits));
+    for (uint32_t at = 0; at < INSTANTFT_SAMPLES_SLOT; at += INSTANTFT_SAMPLES_SLOT / 61 + 1) {
+        kept[at] ^= 4;
+        CHECK(instantft_load_samples(fresh, &storage) == INSTANTFT_NOT_FOUND);
+        kept[at] ^= 4;
+    }
+    for (long cut = 0; cut < INSTANTFT_SAMPLES_SLOT; cut += INSTANTFT_SAMPLES_SLOT / 31 + 1) {
+        budget = cut;
+        CHECK(instantft_save_samples(t, &storage) == INSTANTFT_IO);
+        if (cut) CHECK(instantft_load_samples(fresh, &storage) == INSTANTFT_NOT_FOUND);
+    }
+    budget = 1L << 30;
 
     instantft_clear_samples(t);
     instantft_status(t, &report);

@@ -49,7 +49,7 @@ def export_onnx(base: str, adapter: str | None, out: str, as_json: bool) -> None
 @click.option("--rank", default=4, show_default=True)
 @batch_option
 @click.option("--epochs", default=10, show_default=True)
-@click.option("--lr", default=0.1, show_default=True, help="Learning rate.")
+@click.option("--lr", type=float, help="Learning rate. [default: from the samples of --data; without them 0.1]")
 @click.option("--momentum", default=0.0, show_default=True)
 @seed_option
 @click.option("--neon", is_flag=True, help="Vectors of four, for Cortex-A; otherwise plain C.")
@@ -69,7 +69,7 @@ def export_c(
     rank: int,
     batch_size: int,
     epochs: int,
-    lr: float,
+    lr: float | None,
     momentum: float,
     seed: int,
     neon: bool,
@@ -114,6 +114,7 @@ def export_c(
                 "flash": {**takes.flash, "total": flash_bytes},
                 "ram": {**takes.ram, "total": ram_bytes},
                 "largest_samples": takes.largest,
+                "lr": takes.lr,
             }
         )
     for name, parts, limit in (("flash", takes.flash, flash), ("RAM", takes.ram, ram)):
@@ -124,4 +125,6 @@ def export_c(
                 click.echo(f"      {n:>10,}  {part}")
     if takes.largest is not None:
         click.echo(f"up to {takes.largest} samples would fit into RAM")
+    if takes.lr is not None:
+        click.echo(f"step size {takes.lr:.4g}" + (", from the samples of --data" if lr is None and data else ""))
     click.echo(f"written to {out}")

@@ -10,6 +10,7 @@ N_k widths of the L taps, R rank, C outputs, T samples, B batch size. Sizes in b
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -23,13 +24,16 @@ from .. import files, lift
 from ..adapters import Adapter, initial
 from ..backbones.builtin import Network
 from ..cache.codecs import CODECS, INT8, TINY, codec
-from ..data import Samples
+from ..data import Samples, as_samples
+from ..engine import get_engine
 from ..engine.native import CODEC_IDS
 from ..engine.reference import BN_EPS
 from ..errors import FileError, UsageError
 from ..methods import connections
 from ..methods import method as row
-from ..solvers.sgd import check_arguments
+from ..solvers.records import Records
+from ..solvers.sgd import PAPERS_LR, check_arguments
+from ..solvers.step import default_lr
 from ..spec import NetSpec, pad
 
 __all__ = ["CODE", "FIXED_CODE", "STACK", "Footprint", "coded", "export_c"]
@@ -46,6 +50,12 @@ LANE_TILE = 6
 ROWS8 = 8
 """Rows of an 8-bit weight matrix that are decoded at a time: native/embedded/src/instantft_device.c."""
 
+COLUMNS = 256
+"""Columns of a tap that a step decodes at a time, at most: 20 samples of them and their part of A fit a 32 KB cache."""
+
+HELD = 16
+"""Samples of `add_samples` that the frozen network takes at a time where there are vectors."""
+
 LAMBDAS = 13
 """λ of the grid, 1e-4 to 1e2 in steps of √10: `solvers.taps.best_lambda`."""
 
@@ -56,7 +66,7 @@ STACK = {"skip2-lora": 1536, "skip-ridge": 2560}
 """Bytes of stack that a call may take: what `-fstack-usage` adds up to on a Cortex-M4F, rounded up
 (tests/test_export_c.py holds it to that)."""
 
-CODE = {"skip2-lora": 49152, "skip-ridge": 49152}
+CODE = {"skip2-lora": 51200, "skip-ridge": 51200}
 """Bytes of code and small tables, an upper bound for Cortex-M4F at -O2 (the same test)."""
 
 FIXED_CODE = 2048
@@ -91,12 +101,14 @@ class Footprint:
         ram: bytes of the arena by name, and a bound on the stack.
         rows: decoded samples that a step holds at a time.
         largest: samples that would fit into `--ram`; None without a limit.
+        lr: step size of SGD; None for the closed form.
     """
 
     flash: dict[str, int]
     ram: dict[str, int]
     rows: int
     largest: int | None = None
+    lr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +161,7 @@ def export_c(
     rank: int = 4,
     batch_size: int = 20,
     epochs: int = 10,
-    lr: float = 0.1,
+    lr: float | None = None,
     momentum: float = 0.0,
     seed: int = 0,
     lanes: int = 1,
@@ -169,6 +181,7 @@ def export_c(
         weights: of the frozen network: fp32, or int8 with a scale an output.
         inputs: what the device hands over: float32, kept in 8 bits a value, or uint8, kept as it is.
         rank, batch_size, epochs, lr, momentum, seed: of SGD, as in `solvers.sgd.fit`, whose steps the device repeats.
+            lr None: what `solvers.step.default_lr` says of `data`; without them 0.1, as in the papers.
         lanes: floats of a vector: 1, or 4 for NEON.
         flash, ram: limits in bytes; None: none.
         data: samples and labels that come with the folder, for its example.
@@ -180,9 +193,15 @@ def export_c(
         UsageError: a network, adapter or setting that cannot be exported, or that is over a limit.
         FileError: the folder cannot be written, or holds something else.
     """
+    given = PAPERS_LR if lr is None else lr
     s = _check(
-        base, adapter, samples, method, cache, weights, inputs, rank, batch_size, epochs, lr, momentum, seed, lanes
+        base, adapter, samples, method, cache, weights, inputs, rank, batch_size, epochs, given, momentum, seed, lanes
     )
+    if lr is None and data is not None and not s.ridge:
+        s = replace(s, lr=_safe_step(base, s, data, seed))
+    unused = [name for name, said in (("lr", lr is not None), ("momentum", momentum != 0)) if said]
+    if s.ridge and unused:
+        warnings.warn(f"{', '.join(unused)} mean nothing to {method}, which makes no steps", stacklevel=2)
     takes, layout = _fit(s, adapter is not None, flash, ram)
     target = Path(out).resolve()
     _check_target(target)
@@ -191,7 +210,17 @@ def export_c(
         contents |= {name: text.encode() for name, text in _data(s, base, data).items()}
     contents |= _copied(s, data is not None)
     files.replace_directory(target, dict(sorted(contents.items())), "an export")
-    return takes
+    return takes if s.ridge else replace(takes, lr=s.lr)
+
+
+def _safe_step(base: Network, s: _Setting, data: Samples, seed: int) -> float:
+    """The step size that SGD would choose for these samples, some of which will be met on the device."""
+    _check_data(s, data)
+    x, _ = as_samples(data.x, base.spec, base.mean, base.std)
+    records = Records(get_engine(), base, x, np.arange(len(x), dtype=np.int64), None)
+    return default_lr(
+        records, row(s.method), rank=s.rank, batch_size=min(s.batch_size, s.samples), momentum=s.momentum, seed=seed
+    )
 
 
 # ---- What may be exported ------------------------------------------------------------------------------------------
@@ -290,7 +319,11 @@ def _fit(s: _Setting, exported: bool, flash: int | None, ram: int | None) -> tup
     def of(samples: int, rows: int) -> tuple[dict[str, int], dict[str, int]]:
         return _ram(s, samples, rows)
 
-    choices = [4, 2, 1] if s.lanes == 1 and not s.ridge else [4 if s.ridge else max(4, s.batch_size)]
+    if s.ridge or s.lanes > 1:
+        choices = [min(s.batch_size, 20)]
+    else:  # as many as fit where the frozen network works, which is at another time
+        room = (pad(s.spec.geometry[0].N) + s.spec.record.width) // _columns(s)
+        choices = sorted({max(4, min(s.batch_size, room // 4 * 4)), 4, 2, 1}, reverse=True)
     for rows in choices:
         parts, layout = of(s.samples, rows)
         if ram is None or sum(parts.values()) <= ram:
@@ -311,7 +344,7 @@ def _fit(s: _Setting, exported: bool, flash: int | None, ram: int | None) -> tup
 
 
 def _parts(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {n:,}" for name, n in sizes.items() if n)
+    return "; ".join(f"{name} {n:,}" for name, n in sizes.items() if n)
 
 
 def _flash(s: _Setting, exported: bool) -> dict[str, int]:
@@ -347,9 +380,9 @@ def _ram(s: _Setting, T: int, rows: int) -> tuple[dict[str, int], dict[str, int]
     state = _align(640 + 468 * spec.L + runs)
     adapter = 4 * _adapter_floats(s)
 
-    held = 5 if s.ridge else max(rows, V)  # four rows of K and one more
-    ws: dict[str, int] = {"X": 0, "ROWS": held * N0}
-    tail = ws["ROWS"] + held * width + 16
+    held = max(HELD if V > 1 else 1, 5 if s.ridge else 1)  # ridge: four rows of K and one more
+    ws: dict[str, int] = {"X": 0, "ROWS": held * N0, "COLUMNS": 0}
+    tail = pad(max(held * (N0 + width), 0 if s.ridge else rows * _columns(s))) + 16
     lanes, pack = _frozen_scratch(s)
     ws |= {"LANES_A": tail, "LANES_B": tail + lanes, "PACK": tail + 2 * lanes, "CODES": tail}
     record = tail + max(2 * lanes + pack, width // 2 + 16)
@@ -408,8 +441,19 @@ def _ram(s: _Setting, T: int, rows: int) -> tuple[dict[str, int], dict[str, int]
     parts["padding"] = at - sum(parts.values())
     parts["stack"] = STACK[s.method]
     layout |= {f"WS_{name}": n for name, n in ws.items()}
-    layout |= {"SCRATCH_BYTES": scratch, "ARENA": at, "ROWS": rows, "ROW_WIDTH": width}
+    layout |= {
+        "SCRATCH_BYTES": scratch,
+        "ARENA": at,
+        "HELD": HELD if V > 1 else 1,
+        "ROWS": rows,
+        "COLUMNS": _columns(s),
+        "ROW_WIDTH": width,
+    }
     return parts, layout
+
+
+def _columns(s: _Setting) -> int:
+    return min(COLUMNS, max(pad(max(g.N, s.spec.C)) for g in s.spec.geometry))
 
 
 def _align(n: int) -> int:
@@ -539,6 +583,7 @@ enum {{
     INSTANTFT_EPOCHS = {s.epochs},
     INSTANTFT_ARENA = {layout["ARENA"]}, /* bytes of RAM, without the stack */
     INSTANTFT_SLOT = {layout["ADAPTER_BYTES"] + 32}, /* bytes of a slot of save and load */
+    INSTANTFT_SAMPLES_SLOT = {layout["AT_SCRATCH"] - layout["AT_CACHE"] + 32}, /* of that of save_samples */
 }};
 
 /* A value of a sample: {scaled}. */
@@ -717,11 +762,15 @@ the bit on every machine.
 """
 
 
+def _check_data(s: _Setting, data: Samples) -> None:
+    if data.x.shape[1] != s.spec.geometry[0].N:
+        raise UsageError(f"samples of an export must have {s.spec.geometry[0].N} values, not {data.x.shape[1]}")
+
+
 def _data(s: _Setting, base: Network, data: Samples) -> dict[str, str]:
     """The user's samples as constants, as the device would get them."""
+    _check_data(s, data)
     x = data.x
-    if x.shape[1] != s.spec.geometry[0].N:
-        raise UsageError(f"samples of an export must have {s.spec.geometry[0].N} values, not {x.shape[1]}")
     values: list[Any]
     if s.inputs == "uint8":
         codes = np.rint(x * np.float32(255))
