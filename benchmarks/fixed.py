@@ -61,14 +61,16 @@ def train(engine: Engine, net: Network, task: Task, tune: Samples, seed: int, ca
     return sgd.fit(engine, net, METHOD, *tune, store=store, **settings).adapter  # type: ignore[arg-type]
 
 
-def in_4_bits(engine: Engine, net: Network, tensors: Tensors, test: Samples) -> float:
-    """Accuracy in percent of an adapter in floating point on records that went through nf4."""
+def in_4_bits(engine: Engine, net: Network, tensors: Tensors, test: Samples, whole_c: bool = False) -> float:
+    """Accuracy in percent of an adapter in floating point on records that went through nf4, c perhaps not."""
     spec, nf4, x = net.spec, codec("nf4"), test[0]
     right = 0
     for at in range(0, len(x), 1000):
         rows = engine.records(spec, net.tensors, x[at : at + 1000])
-        rows = nf4.decode(nf4.encode(rows, spec.record), spec.record)
-        *taps, c = (x[at : at + 1000], *(rows[:, s.offset : s.offset + s.size] for s in spec.record.segments))
+        decoded = nf4.decode(nf4.encode(rows, spec.record), spec.record)
+        if whole_c:
+            decoded[:, spec.record.segments[-1].offset :] = rows[:, spec.record.segments[-1].offset :]
+        *taps, c = (x[at : at + 1000], *(decoded[:, s.offset : s.offset + s.size] for s in spec.record.segments))
         added = (x_k @ tensors[f"lora.{k}-{spec.L}.A"] @ tensors[f"lora.{k}-{spec.L}.B"] for k, x_k in enumerate(taps))
         y = c + sum(added)
         right += int((y.argmax(axis=1) == test[1][at : at + 1000]).sum())
@@ -84,6 +86,7 @@ def run(task: Task, seed: int, where: Where) -> Row:
     found: Row = {
         "float": accuracy(native, net, tensors, test) or 0.0,
         "float in 4 bits": in_4_bits(native, net, tensors, test),
+        "float in 4 bits but c": in_4_bits(native, net, tensors, test, whole_c=True),
     }
     for name, config in CORES.items():
         core = FixedEngine(config)
