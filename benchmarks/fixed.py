@@ -57,8 +57,10 @@ GAPS = {"host": ("host", "float"), "core, both in 4 bits": ("core", "float in 4 
 def train(engine: Engine, net: Network, task: Task, tune: Samples, seed: int, cache: str) -> Adapter:
     """Skip2-LoRA's adapter."""
     store = memory_store(cache, net.spec.record, len(tune[0]))
-    settings = {"rank": RANK, "epochs": task.epochs, "batch_size": BATCH, "lr": task.lr, "seed": seed}
-    return sgd.fit(engine, net, METHOD, *tune, store=store, **settings).adapter  # type: ignore[arg-type]
+    return sgd.fit(
+        engine, net, METHOD, *tune, store=store,
+        rank=RANK, epochs=task.epochs, batch_size=BATCH, lr=task.lr, seed=seed,
+    ).adapter  # fmt: skip
 
 
 def in_4_bits(engine: Engine, net: Network, tensors: Tensors, test: Samples, whole_c: bool = False) -> float:

@@ -13,6 +13,7 @@ from amaranth.utils import ceil_log2
 
 from ..formats import LEVELS
 from ..layout import BEAT, BLOCK, Build
+from .pieces import saturate
 
 __all__ = ["C_LATENCY", "LATENCY", "Records"]
 
@@ -131,7 +132,7 @@ class Records(wiring.Component):
                 value = self.x_data[32 * word : 32 * word + 24].as_signed()
                 rounded = Signal(signed(activation + 1), name=f"rounded_{word}")  # 24 bits less `drop`, or one more
                 m.d.comb += rounded.eq((value + (1 << drop >> 1)) >> drop)
-                four.append(_saturated(rounded, activation))
+                four.append(saturate(rounded, activation)[0])
             quarter = Signal(2)
             with m.If(self.restart):
                 m.d.sync += quarter.eq(0)
@@ -378,13 +379,6 @@ class Records(wiring.Component):
             m.d.sync += later.eq(value)
             value = later
         return value
-
-
-def _saturated(value: Signal, width: int) -> Value:
-    """sat(value, width), as bits."""
-    inside = (value[width - 1 :] == 0) | value[width - 1 :].all()
-    limit = Cat((~value[-1]).replicate(width - 1), value[-1])
-    return Mux(inside, value[:width], limit)
 
 
 def _dequantised(m: Module, name: str, code: Value, scale: Value) -> Signal:
