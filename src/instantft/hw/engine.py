@@ -21,15 +21,13 @@ from . import fixed
 from .configs import configured
 from .fixed import CODEC, Bytes, Saturations
 from .formats import Ints
+from .image import MAX_SAMPLES
 from .layout import Build
 
 __all__ = ["METHOD", "FixedEngine", "FixedTrainer"]
 
 METHOD = "skip2-lora"
 """The one row of the methods' table that the core trains."""
-
-MAX_SAMPLES = 1 << 24
-"""Numbers that 24 bits hold (§7, ORDER)."""
 
 CHUNK = 128
 """Samples that go through the frozen network at a time."""
@@ -177,8 +175,8 @@ class FixedEngine:
             raise UsageError(
                 f"batch size must be at most {build.batch} for the core's build {self.config}, not {batch_size}"
             )
-        if T > MAX_SAMPLES:
-            raise UsageError(f"samples must be at most {MAX_SAMPLES} for the core, not {T}")
+        if T >= MAX_SAMPLES:
+            raise UsageError(f"samples must be at most {MAX_SAMPLES - 1} for the core, not {T}")
         if momentum:
             raise UsageError(f"momentum must be 0 for the core, not {momentum:g}")
         if not goal.plain:

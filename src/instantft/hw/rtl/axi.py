@@ -11,6 +11,7 @@ from amaranth import Cat, Module, Mux, Signal, unsigned
 from amaranth.lib import memory, wiring
 from amaranth.lib.wiring import In, Out
 
+from ..image import CYCLES, ID, SATURATIONS
 from ..layout import BEAT
 
 __all__ = [
@@ -18,7 +19,6 @@ __all__ = [
     "COUNTERS",
     "OUTSTANDING",
     "REGISTERS",
-    "SATURATIONS",
     "Command",
     "Control",
     "Fifo",
@@ -42,9 +42,6 @@ PAGE = 4096 // BEAT
 
 OUTSTANDING = 8
 """Bursts on their way."""
-
-IDENTITY = 0x49465431
-"""ID: IFT1."""
 
 
 class Fifo(wiring.Component):
@@ -417,11 +414,8 @@ REGISTERS = {
 }
 """Offset and bits of what the host writes; bits beyond them are lost, so that the driver checks (§8)."""
 
-COUNTERS = ("total", "load", "fill", "quantise", "forward", "backward", "store", "waiting", "steps")
-"""From 0x80 on."""
-
-SATURATIONS = ("activations", "gradients", "parameters")
-"""From 0xA4 on."""
+COUNTERS = (*CYCLES, "steps")
+"""From 0x80 on; the saturations follow, from 0xA4."""
 
 
 class Lite(wiring.Signature):
@@ -486,7 +480,7 @@ class Control(wiring.Component):
 
         readable = {
             0x04: Cat(self.busy, self.done, Signal(6, name="reserved"), self.error),
-            0x08: IDENTITY,
+            0x08: ID,
             0x0C: self.description,
         }
         for name, (offset, width) in REGISTERS.items():

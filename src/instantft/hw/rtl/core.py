@@ -9,10 +9,11 @@ from amaranth import Array, Cat, ClockDomain, Module, Mux, ResetInserter, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
+from ..image import SATURATIONS
 from ..layout import BEAT, CHANNELS, Build
 from .adapters import Adapters
 from .array import LaneArray
-from .axi import COUNTERS, SATURATIONS, Control, Lite, ReadChannel, Reader, WriteChannel, Writer
+from .axi import COUNTERS, Control, Lite, ReadChannel, Reader, WriteChannel, Writer
 from .backbone import Backbone
 from .fetch import ORDER_LENGTH, Fetch, Product
 from .memory import Style
