@@ -4,6 +4,7 @@ core itself against its golden model, bit for bit."""
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -19,7 +20,7 @@ from instantft.backbones.builtin import Network
 from instantft.errors import EngineError
 from instantft.hw import image
 from instantft.hw.formats import PROFILES
-from instantft.hw.image import Launch
+from instantft.hw.image import Launch, Outcome
 from instantft.hw.layout import Build
 from instantft.hw.sim import Simulator, compiled
 from instantft.spec import dnn
@@ -121,6 +122,33 @@ def test_errors_of_dram_stop_the_core_with_their_status(core: Simulator) -> None
     job.buffers["order"][:4] = 255  # sample 16,777,215 of class 255
     with pytest.raises(EngineError, match="stopped with error 4: a sample's number or class is out of range"):
         core.run(job)
+
+
+def test_a_launch_after_an_error_is_as_good_as_any(core: Simulator) -> None:
+    """Whichever transfer fails, while it loads, fills, trains or stores: the core stops, and starts clean."""
+    case = drawn(core.build, 3)
+
+    def run(fault: int = 0, launches: int = 1) -> tuple[Launch, Outcome]:
+        job = image.launch(
+            case.build, case.frozen, case.parameters, case.x, case.order, case.labels,
+            lr=case.lr, batch_size=case.batch_size,
+        )  # fmt: skip
+        return job, core.run(job, fault=fault, launches=launches)
+
+    clean, outcome = run()
+    stopped = []
+    for fault in itertools.count(1):
+        try:
+            run(fault=fault)
+            break  # there are no more bursts
+        except EngineError as error:
+            stopped.append(str(error).split(":")[0][-1])
+        again, repeated = run(fault=fault, launches=2)
+        for name in ("cache", "out"):
+            np.testing.assert_array_equal(again.buffers[name], clean.buffers[name], err_msg=f"{name}, burst {fault}")
+        assert (repeated.steps, repeated.saturations) == (outcome.steps, outcome.saturations)
+    assert set(stopped) == {"1", "2"}
+    assert len(stopped) > 2 * outcome.steps
 
 
 def test_finetune_on_the_simulated_core(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from instantft.errors import EngineError, MismatchError
-from instantft.hw.image import BUFFERS, ID, REGISTERS, STEPS, Launch, Outcome, outcome, writes
+from instantft.hw.image import BUFFERS, BUILD, CTRL, ID, IDENTITY, STATUS, STEPS, Launch, Outcome, outcome, writes
 from instantft.hw.layout import Build
 
 __all__ = ["Board"]
@@ -47,7 +47,7 @@ class Board:
         self._allocate: Callable[..., Any] = pynq.allocate
         self._overlay = pynq.Overlay(str(bitfile))
         self._core = self._overlay.instantft_0
-        found, known = self._core.read(REGISTERS["BUILD"]), self._core.read(REGISTERS["ID"]) == ID
+        found, known = self._core.read(BUILD), self._core.read(IDENTITY) == ID
         if not known or found != build.id:
             raise MismatchError(f"{bitfile} must hold the build {build.id:#010x} of the core, not {found:#010x}")
 
@@ -64,9 +64,9 @@ class Board:
                 buffers[name].flush()
             for offset, value in writes(job, {name: b.physical_address for name, b in buffers.items()}):
                 self._core.write(offset, value)
-            self._core.write(REGISTERS["CTRL"], 1)
+            self._core.write(CTRL, 1)
             began = time.monotonic()
-            while not self._core.read(REGISTERS["STATUS"]) & 2:
+            while not self._core.read(STATUS) & 2:
                 if time.monotonic() - began > TIMEOUT:
                     raise EngineError(f"the core must finish within {TIMEOUT:g} s, but did not")
                 if progress is not None:

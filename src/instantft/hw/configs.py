@@ -10,7 +10,30 @@ from ..spec import NetSpec
 from .formats import PROFILES, Formats
 from .layout import Build
 
-__all__ = ["CONFIGS", "DEVICES", "Config", "Device", "configured", "named"]
+__all__ = ["CONFIGS", "DEVICES", "Config", "Device", "Style", "Styles", "configured", "named"]
+
+
+Style = Literal["distributed", "block", "ultra"]
+"""What Xilinx' and Lattice's tools call LUT RAM, block RAM (RAMB36, EBR) and UltraRAM."""
+
+
+@dataclass(frozen=True)
+class Styles:
+    """What memories are made of.
+
+    Attributes:
+        weights, activations, pixels: of the frozen network; x^1 … c, x^0.
+        entries: cache entries on their way out.
+        records: batches on their way in.
+        a: A.
+    """
+
+    weights: Style = "block"
+    activations: Style = "block"
+    pixels: Style = "block"
+    entries: Style = "block"
+    records: Style = "block"
+    a: Style = "block"
 
 
 @dataclass(frozen=True)
@@ -22,12 +45,14 @@ class Device:
         family: of Yosys: ``xcup`` or ``ecp5``.
         has: resources by name.
         memory: bits of its block memories.
+        styles: where the memories of a core go.
     """
 
     part: str
     family: str
     has: dict[str, int]
     memory: int
+    styles: Styles = Styles()
 
 
 DEVICES = {
@@ -36,6 +61,9 @@ DEVICES = {
         "xcup",
         {"LUT": 117_120, "FF": 234_240, "DSP": 1_248, "BRAM36": 144, "URAM": 64},
         144 * 36_864 + 64 * 294_912,
+        # A is 5,120 bits wide and x^0 in forty pieces, each of few words: block RAM is cut finer than URAM, which takes
+        # what is deep.
+        Styles(weights="ultra", activations="ultra", entries="ultra", records="ultra"),
     ),
     "ecp5-85f": Device(
         "LFE5U-85F-6BG756C", "ecp5", {"LUT": 83_640, "FF": 83_640, "MULT18": 156, "EBR": 208}, 208 * 18_432

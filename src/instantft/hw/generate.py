@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import files
 from ..errors import FileError
-from .configs import Config
+from .configs import Config, Styles
 from .layout import Build
 from .tools import check_extra
 
@@ -41,10 +41,11 @@ core.lpf          clock
 """
 
 
-def verilog(build: Build, *, trace: bool = False) -> str:
+def verilog(build: Build, styles: Styles, *, trace: bool = False) -> str:
     """The core in Verilog, top level ``core``.
 
     Args:
+        styles: what its memories are made of.
         trace: with the trace ports of a simulation.
 
     Raises:
@@ -55,12 +56,12 @@ def verilog(build: Build, *, trace: bool = False) -> str:
 
     from .rtl.core import Core
 
-    return str(backend.convert(Core(build, trace=trace), name="core", emit_src=False))
+    return str(backend.convert(Core(build, styles, trace), name="core", emit_src=False))
 
 
 def contents(config: Config, build: Build) -> dict[str, bytes]:
     """Every file of the folder by name."""
-    core = verilog(build)
+    core = verilog(build, config.device.styles)
     described = json.dumps({"config": config.name, "build": build.id, **build.description}, indent=2) + "\n"
     made = {"core.v": core, MARK: described}
     if config.device.family == "xcup":

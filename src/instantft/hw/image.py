@@ -19,12 +19,16 @@ from .layout import BEAT, CHANNELS, Build
 
 __all__ = [
     "BUFFERS",
+    "BUILD",
+    "CTRL",
     "FILL",
     "ID",
+    "IDENTITY",
     "LOAD",
     "PAGE",
     "PREDICT",
     "REGISTERS",
+    "STATUS",
     "STEPS",
     "STORE",
     "TRAIN",
@@ -47,25 +51,30 @@ PAGE = 4096
 LOAD, FILL, TRAIN, STORE, PREDICT = 1, 2, 4, 8, 16
 """Bits of MODE."""
 
-REGISTERS = {
-    "CTRL": 0x00,
-    "STATUS": 0x04,
-    "ID": 0x08,
-    "BUILD": 0x0C,
-    "MODE": 0x10,
-    "T": 0x14,
-    "E": 0x18,
-    "B": 0x1C,
-    "ETA": 0x20,
-    "ETA_LAST": 0x24,
-    "GAIN": 0x28,
-}
+CTRL, STATUS, IDENTITY, BUILD = 0x00, 0x04, 0x08, 0x0C
+"""Offsets of the registers that no launch sets, but for CTRL to start it."""
+
 ID = 0x49465431
 
-BUFFERS = ("params", "x0", "cache", "order", "out", "logits")
-"""In the order of their address registers."""
+REGISTERS = {
+    "MODE": (0x10, 5),
+    "T": (0x14, 24),
+    "E": (0x18, 32),
+    "B": (0x1C, 32),
+    "ETA": (0x20, 24),
+    "ETA_LAST": (0x24, 24),
+    "GAIN": (0x28, 16),
+    "PARAMS": (0x30, 64),
+    "X0": (0x38, 64),
+    "CACHE": (0x40, 64),
+    "ORDER": (0x48, 64),
+    "OUT": (0x50, 64),
+    "LOGITS": (0x58, 64),
+}
+"""Offset and bits of what a launch sets; the core keeps no bits beyond them, so that `launch` refuses such values."""
 
-FIRST_ADDRESS = 0x30
+BUFFERS = ("params", "x0", "cache", "order", "out", "logits")
+"""In DRAM; each has a register with its address."""
 
 CYCLES = ("total", "load", "fill", "quantise", "forward", "backward", "store", "waiting")
 FIRST_COUNTER = 0x80
@@ -197,10 +206,10 @@ def launch(
 
 def writes(job: Launch, addresses: Mapping[str, int]) -> list[tuple[int, int]]:
     """(offset, value) of all registers of a launch whose buffers are at these addresses, CTRL excepted."""
-    made = [(REGISTERS[name], value) for name, value in job.registers.items()]
-    for i, name in enumerate(BUFFERS):
-        address = addresses[name]
-        made += [(FIRST_ADDRESS + 8 * i, address & 0xFFFFFFFF), (FIRST_ADDRESS + 8 * i + 4, address >> 32)]
+    made = [(REGISTERS[name][0], value) for name, value in job.registers.items()]
+    for name in BUFFERS:
+        offset, address = REGISTERS[name.upper()][0], addresses[name]
+        made += [(offset, address & 0xFFFFFFFF), (offset + 4, address >> 32)]
     return made
 
 
@@ -213,7 +222,7 @@ def outcome(read: Callable[[int], int]) -> Outcome:
     Raises:
         EngineError: the core stopped with an error.
     """
-    status = read(REGISTERS["STATUS"])
+    status = read(STATUS)
     error = status >> 8 & 255
     if error or not status & 2:
         raise EngineError(f"the core must finish, but stopped with error {error}: {ERRORS.get(error, 'not done')}")

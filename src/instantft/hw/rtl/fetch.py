@@ -109,17 +109,17 @@ class Fetch(wiring.Component):
         reserved = Signal(range(2 * ORDER_BURST + 2))  # asked for and not yet taken out again
         self.asks = Signal()
         granted = Signal()
-        take = Signal(range(ORDER_BURST + 1))
+        take = Signal(range(ORDER_BURST + 1), reset_less=True)  # of `left` a cycle ago: asked for no sooner than that
         here, count = Signal(8 * BEAT, reset_less=True), Signal(range(WORDS + 1))
         ready, next_beat = Signal(), Signal()
         m.d.comb += [
-            take.eq(Mux(left[3:] == 0, left[:3], ORDER_BURST)),
             granted.eq(self.asks & self.inputs.ready),
             beats.in_valid.eq(self.order_valid),
             beats.in_data.eq(self.order_data),
             next_beat.eq(beats.out_valid & ((count == 0) | ((count == 1) & ready))),
             beats.out_ready.eq(next_beat),
         ]
+        m.d.sync += take.eq(Mux(left[3:] == 0, left[:3], ORDER_BURST))
         with m.If(self.start):
             m.d.sync += [at.eq(self.order), left.eq(self.order_beats)]
         with m.Elif(granted):

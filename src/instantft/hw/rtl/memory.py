@@ -6,17 +6,14 @@ A bank is as deep as a memory block of its style is where it is widest, so that 
 
 from __future__ import annotations
 
-from typing import Literal
-
 from amaranth import Module, Signal
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-__all__ = ["LATENCY", "Store", "Style"]
+from ..configs import Style
 
-Style = Literal["distributed", "block", "ultra"]
-"""What Xilinx' and Lattice's tools call LUT RAM, block RAM (RAMB36, EBR) and UltraRAM."""
+__all__ = ["LATENCY", "Store", "Style"]
 
 LATENCY = 2
 """Cycles from `read_address` to `read_data`."""

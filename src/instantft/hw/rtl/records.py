@@ -263,7 +263,7 @@ class Records(wiring.Component):
         four = Cat(scales[32 * i : 32 * i + magnitude] for i in range(WORDS))
         self._scales = []
         for i in range(wide):
-            ram = self._memory(m, f"scales_{i}", len(four), 2 * build.batch * build.scale_beats)
+            ram = self._memory(m, f"scales_{i}", len(four), 2 * build.batch * build.scale_beats, "block")
             port = ram.write_port()
             m.d.comb += [port.addr.eq(scale_row), port.data.eq(four), port.en.eq(valid & todo.scales)]
             self._scales.append(ram.read_port())

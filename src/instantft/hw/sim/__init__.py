@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ...errors import EngineError
 from ...files import cache_folder, write_whole
+from ..configs import Styles
 from ..formats import Ints
 from ..image import BUFFERS, PAGE, Launch, Outcome, outcome, writes
 from ..layout import CHANNELS, Build
@@ -28,6 +29,8 @@ LATENCY = (40, 200)
 
 BASE = 0x8_4000_0000
 """Where DRAM begins: above 32 bits, so that whole addresses are used."""
+
+BLOCK = Styles()
 
 MAX_CYCLES = 1 << 31
 """After which a run is given up."""
@@ -60,6 +63,7 @@ class Simulator:
 
     Args:
         build: the core.
+        styles: what its memories are made of; no matter to what it computes.
         program: from `compiled`; None: the core of `generate.verilog`.
         trace: whether it has the trace ports; they go to `trace`.
         seed: of latencies and of back-pressure.
@@ -70,25 +74,29 @@ class Simulator:
         self,
         build: Build,
         *,
+        styles: Styles = BLOCK,
         program: Path | None = None,
         trace: bool = False,
         seed: int = 0,
         latency: tuple[int, int] = LATENCY,
     ) -> None:
         if program is None:
-            program = compiled(_verilog(build, trace), trace=trace)
+            program = compiled(_verilog(build, styles, trace), trace=trace)
         self.build, self.program, self.seed, self.latency = build, program, seed, latency
         self.trace: Trace | None = None
         self.cycles = 0
         """Of the last run as the host saw them: from the write of CTRL to the answer that says done."""
         self._traced = trace
 
-    def run(self, job: Launch, progress: Callable[[int], None] | None = None, *, fault: int = 0) -> Outcome:
+    def run(
+        self, job: Launch, progress: Callable[[int], None] | None = None, *, fault: int = 0, launches: int = 1
+    ) -> Outcome:
         """Run a launch; ``cache``, ``out`` and ``logits`` of its buffers are as the core leaves them.
 
         Args:
             progress: told how many batches were trained on.
             fault: number of the burst that DRAM answers with an error, from 1; 0: none.
+            launches: how often the core is started, on what the launch before has left; what comes back is the last's.
 
         Raises:
             EngineError: the core stops with an error, does not finish, or breaks a rule of AXI.
@@ -105,7 +113,7 @@ class Simulator:
             dram.flush()
             command = [
                 self.program, path, BASE, folder + "/" if self._traced else "-", self.seed, *self.latency, MAX_CYCLES,
-                fault,
+                fault, launches,
                 *(f"{offset}={value}" for offset, value in writes(job, addresses)),
             ]  # fmt: skip
             registers = self._told([str(part) for part in command], progress)
@@ -175,7 +183,7 @@ def compiled(verilog: str, *, trace: bool = False, defines: tuple[str, ...] = ()
     return program
 
 
-def _verilog(build: Build, trace: bool) -> str:
+def _verilog(build: Build, styles: Styles, trace: bool) -> str:
     """`generate.verilog`, kept in the user's cache folder by the hash of the sources, since it takes a while."""
     check_extra("amaranth")
     from importlib.metadata import version
@@ -184,11 +192,12 @@ def _verilog(build: Build, trace: bool) -> str:
 
     package = Path(__file__).parents[2]
     sources = [package / "spec.py", package / "cache" / "codecs.py", *sorted((package / "hw").glob("**/*.py"))]
-    text = "\0".join([*(path.read_text() for path in sources), version("amaranth"), str(build.id), str(trace)])
+    made_of = (version("amaranth"), str(build.id), repr(styles), str(trace))
+    text = "\0".join([*(path.read_text() for path in sources), *made_of])
     kept = cache_folder() / "hw" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.v"
     if kept.exists():
         return kept.read_text()
-    made = verilog(build, trace=trace)
+    made = verilog(build, styles, trace=trace)
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_whole(kept, made.encode(), "a generated core")
     return made

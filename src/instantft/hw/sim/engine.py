@@ -94,7 +94,7 @@ class SimulatedTrainer(FixedTrainer):
         self._build = replace(
             self._build, input="u8" if len(self._build.net.input_shape) == 3 and holds_pixels(self._x) else "q"
         )
-        self._simulator = Simulator(self._build)
+        self._simulator = Simulator(self._build, styles=named(engine.config).device.styles)
         self._cache: fixed.Bytes | None = None
 
     def epochs(self, order: NDArray[np.int32], lr: float | None = None) -> EpochStats:

@@ -1,11 +1,11 @@
-// Runs one launch of the core under Verilator: DRAM behind two AXI4 ports, and the host on AXI4-Lite.
+// Runs launches of the core under Verilator: DRAM behind two AXI4 ports, and the host on AXI4-Lite.
 //
-//   harness MEMORY BASE TRACE SEED LATENCY_LOW LATENCY_HIGH LIMIT FAULT [OFFSET=VALUE …]
+//   harness MEMORY BASE TRACE SEED LATENCY_LOW LATENCY_HIGH LIMIT FAULT LAUNCHES [OFFSET=VALUE …]
 //
 // MEMORY: file of what is in DRAM from address BASE on; what the core writes is in it afterwards. TRACE: prefix of files
 // that trace ports are written to, or -. LIMIT: cycles after which it gives up. FAULT: 0, or the number of the burst
 // (of both ports and directions, from 1) that is answered with an error. The registers are written in the order given;
-// then CTRL. On stdout: `progress STEPS` now and then; at the end `register OFFSET VALUE` for all that can be read, and
+// then CTRL, LAUNCHES times, each when the one before is done. Of the last launch, on stdout: `progress STEPS` now and then; at the end `register OFFSET VALUE` for all that can be read, and
 // `cycles N`: from the write of CTRL to the first answer that says done. Every rule of AXI that the core breaks ends
 // the run with `violation TEXT` and status 3; the LIMIT ends it with status 4.
 
@@ -334,8 +334,8 @@ FILE *create(const std::string &path) {
 }  // namespace
 
 int main(int count, char **arguments) {
-    if (count < 9) {
-        std::fprintf(stderr, "usage: harness MEMORY BASE TRACE SEED LATENCY_LOW LATENCY_HIGH LIMIT FAULT [OFFSET=VALUE …]\n");
+    if (count < 10) {
+        std::fprintf(stderr, "usage: harness MEMORY BASE TRACE SEED LATENCY_LOW LATENCY_HIGH LIMIT FAULT LAUNCHES [OFFSET=VALUE …]\n");
         return 2;
     }
     Simulation s;
@@ -360,23 +360,25 @@ int main(int count, char **arguments) {
     s.core->ap_rst_n = 1;
     for (int i = 0; i < 4; ++i) s.cycle();
 
-    for (int i = 9; i < count; ++i) {
+    for (int i = 10; i < count; ++i) {
         char *value = nullptr;
         const auto offset = static_cast<uint32_t>(std::strtoul(arguments[i], &value, 0));
         s.write(offset, static_cast<uint32_t>(std::strtoul(value + 1, nullptr, 0)));
     }
-    s.write(0x00, 1);
-    const uint64_t began = now;
-    uint32_t status = 0;
-    for (uint64_t told = now; !((status = s.read(STATUS)) & 2);) {
-        if (now - began > limit) {
-            std::printf("violation the core in cycle %llu: it does not finish\n", static_cast<unsigned long long>(now));
-            return 4;
-        }
-        if (now - told >= 1 << 15) {
-            told = now;
-            std::printf("progress %u\n", s.read(STEPS));
-            std::fflush(stdout);
+    uint64_t began = 0;
+    for (uint64_t launches = std::strtoull(arguments[9], nullptr, 0); launches; --launches) {
+        s.write(0x00, 1);
+        began = now;
+        for (uint64_t told = now; !(s.read(STATUS) & 2);) {
+            if (now - began > limit) {
+                std::printf("violation the core in cycle %llu: it does not finish\n", static_cast<unsigned long long>(now));
+                return 4;
+            }
+            if (now - told >= 1 << 15) {
+                told = now;
+                std::printf("progress %u\n", s.read(STEPS));
+                std::fflush(stdout);
+            }
         }
     }
     std::printf("cycles %llu\n", static_cast<unsigned long long>(now - began));
