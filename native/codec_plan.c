@@ -19,10 +19,13 @@ static int32_t bits_of(int32_t id, int nonnegative) {
     return id == IFT_INT8 ? 8 : id == IFT_RELU2 && nonnegative ? 2 : 4;
 }
 
-/* relu4, relu2: steps after a ReLU, short scales, the output in binary16. */
+/* relu4, relu2: steps after a ReLU, short scales. */
 static int relu_made(int32_t id) { return id == IFT_RELU4 || id == IFT_RELU2; }
 
-/* To a multiple of 16, as nf4-hw pads codes of a group, bytes of a segment and bytes of all scales. */
+/* The output is kept: relu4, relu2 in binary16, nf4-hw in 32 bits. */
+static int keeps_output(int32_t id) { return relu_made(id) || (IFT_FIXED && id == IFT_NF4_HW); }
+
+/* To a multiple of 16, as nf4-hw pads codes of a group, bytes of a segment, of all scales and of the output. */
 static int32_t padded(int32_t n) { return (n + 15) & ~15; }
 
 /* Codes that a group of n takes. */
@@ -56,7 +59,7 @@ static int64_t runs_of(const ift_plan *p, int32_t id) {
     int64_t count = 0;
     int32_t value = 0;
     if (id == IFT_FP32 || id == IFT_FP16) return 0;
-    for (int k = 1; k <= p->L - relu_made(id); k++) {
+    for (int k = 1; k <= p->L - keeps_output(id); k++) {
         int n, groups, nonnegative;
         count += segment_runs(p, id, k, value, 0, 0, NULL);
         (void)segment(p, k, &n, &groups, &nonnegative);
@@ -123,19 +126,19 @@ static int32_t add_codes(ift_codec *c, int32_t bits, int32_t n, int32_t *bytes) 
 int ift_codec_init(ift_codec *c, const ift_plan *p, int32_t id, void *memory) {
     if (id < 0 || id >= IFT_CODECS || (!IFT_FIXED && id == IFT_NF4_HW)) return IFT_BAD_ARGUMENT;
     ift_run *runs = memory;
-    *c = (ift_codec){.id = id, .runs = runs, .half_at = -1, .half_first = p->L + 1, .short_scales = relu_made(id),
+    *c = (ift_codec){.id = id, .runs = runs, .kept_at = -1, .kept_first = p->L + 1, .short_scales = relu_made(id),
                      .empty = id == IFT_NF4_BLOCK64 ? 7 : 0, .fixed = id == IFT_NF4_HW};
     if (id == IFT_FP32) {
         c->bytes = c->stride = p->row_width * 4;
         return IFT_OK;
     }
-    int32_t values = 0, bytes = 0, halves = 0;
+    int32_t values = 0, bytes = 0, kept = 0;
     for (int k = 1; k <= p->L; k++) {
         int n, groups, nonnegative;
         (void)segment(p, k, &n, &groups, &nonnegative);
-        if (id == IFT_FP16 || (relu_made(id) && k == p->L)) {
-            if (c->half_first > k) c->half_first = k;
-            halves += n;
+        if (id == IFT_FP16 || (keeps_output(id) && k == p->L)) {
+            if (c->kept_first > k) c->kept_first = k;
+            kept += n;
         } else {
             int32_t codes = groups * group_codes(id, n / groups);
             int32_t code = id == IFT_NF4_BLOCK64 ? 0 : add_codes(c, bits_of(id, nonnegative), codes, &bytes);
@@ -153,7 +156,7 @@ int ift_codec_init(ift_codec *c, const ift_plan *p, int32_t id, void *memory) {
     c->codes_at = (int64_t)c->scales_n * (c->short_scales ? 2 : 4);
     if (IFT_FIXED && c->fixed) c->codes_at = padded((int32_t)c->codes_at);
     int64_t end = c->codes_at + bytes;
-    if (halves) c->half_at = end, end += 2 * (int64_t)halves;
+    if (kept) c->kept_at = end, end += IFT_FIXED && c->fixed ? padded(4 * kept) : 2 * (int64_t)kept;
     c->bytes = end;
     ift_block *blocks = (ift_block *)(void *)(runs + runs_of(p, id));
     c->blocks = blocks;

@@ -216,10 +216,10 @@ static int64_t segment_at(const ift_plan *p, int k, int *n) { /* k = 1 … L; L 
     return p->layer[k].tap;
 }
 
-/* fp16 values of segments half_first … L, one after the other */
+/* fp16 values of segments kept_first … L, one after the other */
 static void encode_halves(const ift_plan *p, const ift_codec *c, const float *row, uint8_t *out) {
-    out += c->half_at;
-    for (int k = c->half_first; k <= p->L; k++) {
+    out += c->kept_at;
+    for (int k = c->kept_first; k <= p->L; k++) {
         int n;
         const float *x = row + segment_at(p, k, &n);
         for (int i = 0; i < n; i++) {
@@ -236,14 +236,22 @@ INLINE void decode_half(const uint8_t *in, int n, float *x) {
         x[i] = from_half(h);
     }
 }
-static void decode_halves(const ift_plan *p, const ift_codec *c, const uint8_t *in, float *row) {
-    in += c->half_at;
-    for (int k = c->half_first; k <= p->L; k++) {
-        int n;
-        float *x = row + segment_at(p, k, &n);
-        decode_half(in, n, x);
-        in += 2 * n;
+/* Q8.16 in the low 24 bits of a word, with their sign. */
+INLINE void decode_words(const uint8_t *in, int n, float *x) {
+    for (int i = 0; i < n; i++) {
+        uint32_t w;
+        memcpy(&w, in + 4 * i, 4);
+        x[i] = (float)((int32_t)(w & 0x7fffff) - (int32_t)(w & 0x800000)) * 0x1p-16f;
     }
+}
+/* Values first … last-1 of segment k, which is one of those kept. */
+static void decode_kept(const ift_plan *p, const ift_codec *c, const uint8_t *in, int k, int first, int last,
+                        float *x) {
+    const int fixed = IFT_FIXED && c->fixed, size = fixed ? 4 : 2;
+    in += c->kept_at + size * first;
+    for (int j = c->kept_first, n; j < k; j++) (void)segment_at(p, j, &n), in += size * n;
+    if (fixed) decode_words(in, last - first, x);
+    else decode_half(in, last - first, x);
 }
 
 /* Two or four codes a byte, the first one low. */
@@ -266,7 +274,7 @@ static void pack_fours(const uint8_t *restrict codes, int n, uint8_t *restrict o
 /* nf4-hw. Of a group the largest |v| comes from the largest x or from the smallest, for rounding keeps their order. And
  * v = floor(x·2^16 + 1/2) lies above an integer T where x·2^16 is T + 1/2 or more, which a float holds: above the float
  * before it. Clipping v changes no code. */
-static void encode_fixed(const ift_codec *c, const float *row, uint8_t *out, uint8_t *scratch) {
+static void encode_fixed(const ift_plan *p, const ift_codec *c, const float *row, uint8_t *out, uint8_t *scratch) {
     memset(out, 0, (size_t)c->stride);
     for (const ift_run *u = c->runs; u < c->runs + c->runs_n; u++) {
         const float *x = row + u->at;
@@ -284,6 +292,12 @@ static void encode_fixed(const ift_codec *c, const float *row, uint8_t *out, uin
         encode_table(t, x, u->n, 65536.0f, scratch);
         pack_pairs(scratch, (u->n + 1) / 2, out + c->codes_at + u->code / 2);
     }
+    int n;
+    const float *x = row + segment_at(p, p->L, &n);
+    for (int i = 0; i < n; i++) {
+        int32_t v = fixed_of(x[i]);
+        memcpy(out + c->kept_at + 4 * i, &v, 4);
+    }
 }
 
 void codec_encode(const ift_plan *p, const ift_codec *c, const float *row, uint8_t *out, uint8_t *scratch) {
@@ -292,11 +306,11 @@ void codec_encode(const ift_plan *p, const ift_codec *c, const float *row, uint8
         return;
     }
     if (IFT_FIXED && c->fixed) {
-        encode_fixed(c, row, out, scratch);
+        encode_fixed(p, c, row, out, scratch);
         return;
     }
     for (int64_t i = c->bytes; i < c->stride; i++) out[i] = 0;
-    if (c->half_at >= 0) encode_halves(p, c, row, out);
+    if (c->kept_at >= 0) encode_halves(p, c, row, out);
     int r = 0;
     for (const ift_span *span = c->spans; span < c->spans + c->spans_n; span++) {
         const int bits = span->bits;
@@ -585,10 +599,10 @@ void codec_decode(const ift_plan *p, const ift_codec *c, const uint8_t *in, floa
         return;
     }
     decode_codes(c, in, row, (int)p->row_width);
-    if (c->half_at >= 0) decode_halves(p, c, in, row);
     for (int k = 1; k <= p->L; k++) {
         int n;
         float *x = row + segment_at(p, k, &n);
+        if (k >= c->kept_first) decode_kept(p, c, in, k, 0, n, x);
         for (int i = n; i < (int)ift_pad(n); i++) x[i] = 0;
     }
 }
@@ -599,10 +613,8 @@ int codec_decode_part(const ift_plan *p, const ift_codec *c, const uint8_t *in, 
     const int at = (int)segment_at(p, k, &n), end = last < n ? last : n;
     if (c->id == IFT_FP32) {
         memcpy(out, in + 4 * (at + first), (size_t)(end - first) * sizeof *out);
-    } else if (k >= c->half_first) {
-        const uint8_t *from = in + c->half_at + 2 * first;
-        for (int j = c->half_first, m; j < k; j++) (void)segment_at(p, j, &m), from += 2 * m;
-        decode_half(from, end - first, out);
+    } else if (k >= c->kept_first) {
+        decode_kept(p, c, in, k, first, end, out);
     } else {
         const ift_span *span = c->spans;
         for (; run < c->runs_n && c->runs[run].at < at + end; run++) {

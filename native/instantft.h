@@ -130,8 +130,8 @@ typedef struct ift_codec {
     int32_t id, spans_n, runs_n, blocks_n, scales_n;
     int32_t short_scales, empty; /* 1: scales are bfloat16; code of level 0 */
     int32_t fixed;               /* 1: scales are integers, groups and segments padded (nf4-hw) */
-    int64_t bytes, stride, codes_at, half_at; /* bytes; half_at: where fp16 values start */
-    int32_t half_first;                       /* first segment written as fp16; past L: none */
+    int64_t bytes, stride, codes_at, kept_at; /* bytes; kept_at: where values kept whole start */
+    int32_t kept_first;                       /* first segment kept: in binary16, of nf4-hw in 32 bits; past L: none */
     ift_span spans[IFT_MAX_LAYERS];
     const ift_run *runs;
     const ift_block *blocks; /* blocks_n 0: groups are too small or too many, only runs serve */

@@ -17,7 +17,7 @@ from instantft.errors import UsageError
 from instantft.hw import fixed
 from instantft.hw.formats import INVERSE, PROFILES, Formats, Ints
 from instantft.methods import SGD_METHODS
-from instantft.spec import LayerSpec, NetSpec, RecordSpec, Segment, dnn
+from instantft.spec import LayerSpec, NetSpec, RecordSpec, Segment, dnn, pad
 from tests.nets import NETS, samples_for, tensors_for
 
 EITHER = pytest.mark.parametrize("formats", PROFILES.values(), ids=str)
@@ -208,7 +208,7 @@ def values_of(spec: NetSpec, T: int, formats: Formats, seed: int, spread: float)
 def test_entries_come_back_as_their_nearest_levels(name: str, formats: Formats) -> None:
     spec = NETS[name]
     values = values_of(spec, 3, formats, 1, 0.01)
-    values[-1][0] = 0  # an empty group
+    values[0][0] = 0  # empty groups
     entries = fixed.encode(spec.record, values, formats)
     assert entries.shape[1] % 16 == 0
     found = fixed.decode(spec.record, entries)
@@ -217,6 +217,7 @@ def test_entries_come_back_as_their_nearest_levels(name: str, formats: Formats) 
         m = np.abs(groups).max(axis=2, keepdims=True)
         # half of the widest gap between levels (0.304 of m, the lowest), two roundings
         assert (np.abs(groups - decoded) <= 0.152 * m + 1.5).all()
+    np.testing.assert_array_equal(found[-1], values[-1])
     # written again, what came back does not change
     np.testing.assert_array_equal(fixed.encode(spec.record, found, formats), entries)
 
@@ -227,30 +228,33 @@ def test_an_entry_in_exact_integers(formats: Formats) -> None:
     top = 1 << (formats.width - 1)
     groups = (rng.integers(-top, top, 40), np.array([-top, top - 1, 0]), rng.integers(-3, 4, 16), np.zeros(5, np.int64))
     for v in groups:
-        record = RecordSpec((Segment("c", len(v), 1, False, 0),))
+        record = RecordSpec((Segment("x^1", len(v), 1, False, 0), Segment("c", 3, 1, False, pad(len(v)))))
+        c = np.array([[-top, top - 1, -1]])
         m = min(max(abs(int(x)) for x in v), top - 1)
         T = [rounded(int(t) * m, 16) for t in Q16_THRESHOLDS]
         codes = [sum(int(x) > t for t in T) for x in v]
         values = [clipped(rounded(int(Q16_LEVELS[c]) * m, 16), formats.width) for c in codes]
-        entry = fixed.encode(record, [v[None]], formats)
-        nibbles = np.stack([entry[0, 16:] & 15, entry[0, 16:] >> 4], axis=1).reshape(-1)
+        entry = fixed.encode(record, [v[None], c], formats)
+        nibbles = np.stack([entry[0, 16:-16] & 15, entry[0, 16:-16] >> 4], axis=1).reshape(-1)
+        assert entry[0, -16:].view("<i4").tolist() == [*c[0], 0]
         assert int.from_bytes(entry[0, :16].tobytes(), "little") == m
         assert nibbles.tolist() == codes + [0] * (len(nibbles) - len(v))
-        assert fixed.decode(record, entry)[0][0].tolist() == values
+        assert [x[0].tolist() for x in fixed.decode(record, entry)] == [values, c[0].tolist()]
 
 
-def test_the_entry_of_lenet5_has_70_beats() -> None:
+def test_the_entry_of_lenet5_has_71_beats() -> None:
     spec = NETS["lenet5"]
     values = values_of(spec, 1, PROFILES["q24"], 3, 0.01)
     entry = fixed.encode(spec.record, values, PROFILES["q24"])[0]
-    assert len(entry) == 1120
+    assert len(entry) == 1136
     channel = values[0].reshape(6, 196)[1]
     assert int.from_bytes(entry[4:8].tobytes(), "little") == np.abs(channel).max()
-    second = entry[112 + 104 : 112 + 208]  # 196 codes, padded to 208
+    second = entry[96 + 104 : 96 + 208]  # 196 codes, padded to 208
     _, codes = fixed_codes(channel)
     assert [int(b) & 15 for b in second[:98]] == codes[::2].tolist()
     assert [int(b) >> 4 for b in second[:98]] == codes[1::2].tolist()
     assert not second[98:].any()
+    assert entry[-48:].view("<i4").tolist() == [*values[-1][0], 0, 0]
 
 
 # -- softmax ----------------------------------------------------------------------------------------------------------

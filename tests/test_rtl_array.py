@@ -107,8 +107,8 @@ def test_the_start_value_is_taken_where_the_product_meets_the_sum() -> None:
 
 
 def test_the_largest_sums_fit() -> None:
-    """One layer of 1000 inputs at -2^23 · -2^15 makes 1000·2^38: 49 bits with the sign; narrow ones take fewer."""
-    wide = NetSpec((1000,), (LayerSpec("fc", 2),))
+    """A layer of 1000 inputs at -2^23 · -2^15 makes 1000·2^38: 49 bits with the sign; narrow ones take fewer."""
+    wide = NetSpec((1000,), (LayerSpec("fc", 2), LayerSpec("fc", 2)))
     assert sum_width(Build(wide, 16, 1, PROFILES["q24"])) == 49
     assert sum_width(Build(dnn(256, 3), 64, 4, PROFILES["q24"])) <= 48
     assert sum_width(Build(dnn(256, 3), 64, 4, PROFILES["q18"])) == 42

@@ -20,8 +20,7 @@ def test_entries(name: str) -> None:
 def test_sixteen_cycles_a_beat(name: str) -> None:
     """… and twice that for maps of up to 16 pixels, whose thresholds take longer than their codes."""
     case = CASES[name]
-    taps = [*case.build.taps[1:], case.build.output]
-    beats = case.build.scale_beats
-    for tap in taps:
+    beats = case.build.scale_beats + case.build.output_beats
+    for tap in case.build.taps[1:]:
         beats += -(-tap.blocks // 2) * (2 if tap.groups > 1 and tap.group_blocks == 1 else 1)
     assert run(name)[0].working == len(case.groups) * (SLOT * beats + FLUSH + 1)

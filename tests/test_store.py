@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,18 @@ def filled(path: Path) -> DiskStore:
     store.forget([2, 3])
     store.flush()
     return store
+
+
+def test_a_file_of_an_older_way_to_write_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nf4-hw once wrote the output in 4 bits: here as many bytes a record as now, and other values."""
+    with monkeypatch.context() as then:
+        then.setitem(CODECS, "nf4-hw", replace(CODECS["nf4-hw"], version=1, kept="none"))
+        stride = open_store(tmp_path / "old", "nf4-hw", RECORD, 8, "net", "data").codec.stride(RECORD)
+    assert stride == codec("nf4-hw").stride(RECORD)
+    with pytest.raises(MismatchError, match=r"for codec nf4-hw 2, but it was made for nf4-hw: use another file$"):
+        open_store(tmp_path / "old", "nf4-hw", RECORD, 8, "net", "data")
+    open_store(tmp_path / "new", "nf4-hw", RECORD, 8, "net", "data")
+    open_store(tmp_path / "new", "nf4-hw", RECORD, 8, "net", "data")
 
 
 def data_offset(path: Path) -> int:

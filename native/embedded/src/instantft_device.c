@@ -170,7 +170,7 @@ static int prepare(const instantft_value *x, int first, int last, float *to) {
 static const ift_run input_run = {0, N, 0, 0, 1};
 static const ift_plan input_plan = {.L = 1, .C = N, .output_at = 0, .row_width = (N + IFT_PAD - 1) / IFT_PAD * IFT_PAD};
 static const ift_codec input_codec = {.id = IFT_INT8, .spans_n = 1, .runs_n = 1, .scales_n = 1, .bytes = 4 + N,
-                                      .stride = IFT_X_STRIDE, .codes_at = 4, .half_at = -1, .half_first = 2,
+                                      .stride = IFT_X_STRIDE, .codes_at = 4, .kept_at = -1, .kept_first = 2,
                                       .spans = {{.bits = 8, .runs_to = 1, .codes_n = N}}, .runs = &input_run};
 #endif
 

@@ -1,9 +1,9 @@
 """How a record is written: codecs from padded float32 rows to bytes and back.
 
-Every codec but ``fp32`` writes a sample as ``[scales][codes][halves]``; which of the three are there, and how, is
-*data*: a grid of levels for each segment, a way of grouping values under one scale, a format for the scales, and
-whether there is padding in between. The arithmetic is float32, in the order written here, and the C core repeats it bit
-for bit:
+Every codec but ``fp32`` writes a sample as ``[scales][codes][kept]``; which of the three are there, and how, is *data*:
+a grid of levels for each segment, a way of grouping values under one scale, a format for the scales, which segments are
+kept as they are (in binary16), and whether there is padding in between. The arithmetic is float32, in the order written
+here, and the C core repeats it bit for bit:
 
     m       the largest |v| of a group (the largest v on a nonnegative grid)
     scale   m / span                         rounded up to bfloat16 where scales are bfloat16
@@ -23,6 +23,8 @@ and scales are Q8.16, so that what lies outside ±128 is clipped. ⌊·⌋ round
     code    how many of ⌊(t·m + 2^15) / 2^16⌋ lie below v
     value   ⌊(l[code]·m + 2^15) / 2^16⌋ / 2^16
 
+and c, which is kept, is v itself, in 32 bits.
+
 ============ ================================================== ========================= ==================
 name         grid                                               groups                    bytes for LeNet-5
 ============ ================================================== ========================= ==================
@@ -31,7 +33,7 @@ fp16         IEEE binary16, clipped to ±65504                   –            
 int8         −127 … 127                                         channel or vector         1890
 nf4          NF4 of QLoRA (InstantFT §3.2)                      channel or vector         995
 nf4-block64  NF4                                                64 values of the record   1008
-nf4-hw       NF4                                                channel or vector         995 (1120 padded)
+nf4-hw       NF4, c in Q8.16                                    channel or vector         1026 (1136 padded)
 relu4        0 … 15 after a ReLU, NF4 elsewhere, c in binary16  channel or vector         958
 relu2        0 … 3 after a ReLU, NF4 elsewhere, c in binary16   channel or vector         513
 ============ ================================================== ========================= ==================
@@ -112,7 +114,8 @@ Q16_THRESHOLDS: Ints = np.floor(NF4_THRESHOLDS.astype(np.float64) * 2**16 + 0.5)
 """(15,): t in 16 bits of fraction."""
 
 BEAT, BLOCK = 16, 16
-"""Of padded records: scales, and the codes of a segment, fill whole beats of 16 bytes; a group, blocks of 16 codes."""
+"""Of padded records: scales, the codes of a segment, and what is kept, fill whole beats of 16 bytes; a group, blocks of
+16 codes."""
 
 
 def nf4_levels() -> NDArray[np.float64]:
@@ -218,9 +221,11 @@ class _Part:
 @dataclass(frozen=True)
 class _Plan:
     parts: tuple[_Part, ...]
-    halves: NDArray[np.intp]
-    """Columns of the values kept in binary16."""
-    halves_at: int
+    kept: NDArray[np.intp]
+    """Columns of the values that are kept as they are."""
+    kept_at: int
+    kept_bytes: int
+    """Without padding."""
     nbytes: int
     padding: int
     """Bytes of these that are padding."""
@@ -238,9 +243,11 @@ class Codec:
         nonnegative: grid of segments after a ReLU.
         scale: format of the scales.
         block: 0: a scale for every channel or vector; otherwise for so many values of the whole record, in order.
-        halves: which segments are kept in binary16 behind the codes.
-        padded: whether zeros fill up scales, and the codes of each segment, to 16 bytes, and those of each group to 8.
+        kept: which segments are kept behind the codes, in binary16, or in 32 bits where scales are in Q8.16.
+        padded: whether zeros fill up scales, the codes of each segment, and what is kept, to 16 bytes, and the codes of
+            each group to 8.
         plain: True: the padded row as it is, and none of the above.
+        version: of how it writes, for files: one that was written otherwise is refused.
     """
 
     name: str
@@ -248,9 +255,15 @@ class Codec:
     nonnegative: Grid | None = None
     scale: Literal["float32", "bfloat16", "q8.16"] = "float32"
     block: int = 0
-    halves: Literal["none", "last", "all"] = "none"
+    kept: Literal["none", "last", "all"] = "none"
     padded: bool = False
     plain: bool = False
+    version: int = 1
+
+    @property
+    def fixed(self) -> bool:
+        """True where it computes in integers."""
+        return self.scale == "q8.16"
 
     def bytes_per_sample(self, record: RecordSpec) -> int:
         """Bytes of codes and scales of a sample, without any padding (995 for nf4 on LeNet-5)."""
@@ -298,8 +311,9 @@ class Codec:
             codes = np.pad(codes, ((0, 0), (0, 0), (0, part.gap)))
             packed = _pack(codes.reshape(T, part.stored + part.groups * part.gap), part.grid.bits)
             out[:, part.codes : part.codes + packed.shape[1]] = packed
-        half = np.ascontiguousarray(np.clip(rows[:, plan.halves], -HALF_MAX, HALF_MAX), "<f2")
-        out[:, plan.halves_at : plan.nbytes] = half.view(np.uint8)
+        kept = rows[:, plan.kept]
+        words = _fixed(kept).astype("<i4") if self.fixed else np.clip(kept, -HALF_MAX, HALF_MAX).astype("<f2")
+        out[:, plan.kept_at : plan.kept_at + plan.kept_bytes] = np.ascontiguousarray(words).view(np.uint8)
         return out
 
     def decode(self, data: Bytes, record: RecordSpec) -> Floats:
@@ -330,15 +344,17 @@ class Codec:
             codes = _unpack(data[:, part.codes : part.codes + part.code_bytes], part.grid.bits, stored)
             v = self._dequantise(scale, codes.reshape(T, part.groups, each + part.gap)[:, :, :each], part.grid)
             rows[:, part.columns] = v.reshape(T, part.stored)[:, : part.size]
-        half = np.ascontiguousarray(data[:, plan.halves_at : plan.nbytes]).view("<f2")
-        rows[:, plan.halves] = half.astype(np.float32)
+        kept = np.ascontiguousarray(data[:, plan.kept_at : plan.kept_at + plan.kept_bytes])
+        if self.fixed:  # the low 24 bits count, and have a sign
+            rows[:, plan.kept] = (kept.view("<i4").astype(np.int32) << 8 >> 8) * np.float32(2**-16)
+        else:
+            rows[:, plan.kept] = kept.view("<f2")
         return rows
 
     def _quantise(self, v: Floats, grid: Grid) -> tuple[NDArray[Any], Bytes]:
         """Scales (T, G) and codes (T, G, n) of groups v (T, G, n)."""
-        if self.scale == "q8.16":
-            q = np.clip(v.astype(np.float64) * 2**16, -(2**23), 2**23 - 1)  # before it is rounded: the same, and finite
-            return fixed_codes(np.floor(q + 0.5).astype(np.int64))
+        if self.fixed:
+            return fixed_codes(_fixed(v))
         scale, inv, empty = self._scales(v, grid)
         codes = grid.codes(v * inv[:, :, None])
         codes[empty] = grid.zero
@@ -346,7 +362,7 @@ class Codec:
 
     def _dequantise(self, scale: NDArray[Any], codes: Bytes, grid: Grid) -> Floats:
         """Values (T, G, n)."""
-        if self.scale == "q8.16":
+        if self.fixed:
             return np.asarray(fixed_values(scale, codes) * 2.0**-16, np.float32)
         return np.asarray(grid.levels(codes) * scale[:, :, None], np.float32)
 
@@ -363,6 +379,12 @@ class Codec:
             inv = np.float32(1) / scale
         zero = np.float32(0)
         return np.where(empty, zero, scale), np.where(empty, zero, inv), empty
+
+
+def _fixed(v: Floats) -> Ints:
+    """v in Q8.16, rounded to the nearest, ties upwards."""
+    q = np.clip(v.astype(np.float64) * 2**16, -(2**23), 2**23 - 1)  # before it is rounded: the same, and finite
+    return np.floor(q + 0.5).astype(np.int64)
 
 
 def _pack(codes: Bytes, bits: int) -> Bytes:
@@ -430,7 +452,7 @@ _SCALES: dict[str, _ScaleFormat] = {
 @lru_cache(maxsize=256)
 def _plan(c: Codec, record: RecordSpec) -> _Plan:
     """Resolve every offset of an encoded sample once."""
-    kept = {"none": (), "last": record.segments[-1:], "all": record.segments}[c.halves]
+    kept = {"none": (), "last": record.segments[-1:], "all": record.segments}[c.kept]
     quantised = tuple(s for s in record.segments if s not in kept)
     runs: list[tuple[NDArray[np.intp] | slice, int, int, int, Grid]] = []
     if c.block and quantised:
@@ -456,8 +478,10 @@ def _plan(c: Codec, record: RecordSpec) -> _Plan:
         scales += groups * _SCALES[c.scale].size
         codes += n
         used += -(-stored * grid.bits // 8)
-    halves = _columns(kept)
-    return _Plan(tuple(parts), halves, codes, codes + 2 * len(halves), codes - used)
+    columns = _columns(kept)
+    n = (4 if c.fixed else 2) * len(columns)
+    nbytes = -(-(codes + n) // beat) * beat
+    return _Plan(tuple(parts), columns, codes, n, nbytes, nbytes - used - n)
 
 
 def _columns(segments: tuple[Segment, ...]) -> NDArray[np.intp]:
@@ -470,13 +494,13 @@ CODECS: dict[str, Codec] = {
     c.name: c
     for c in (
         Codec("fp32", plain=True),
-        Codec("fp16", halves="all"),
+        Codec("fp16", kept="all"),
         Codec("int8", signed=INT8, nonnegative=INT8),
         Codec("nf4", signed=NF4, nonnegative=NF4),
         Codec("nf4-block64", signed=NF4, nonnegative=NF4, block=64),
-        Codec("nf4-hw", signed=NF4, nonnegative=NF4, scale="q8.16", padded=True),
-        Codec("relu4", signed=NF4, nonnegative=UINT4, scale="bfloat16", halves="last"),
-        Codec("relu2", signed=NF4, nonnegative=UINT2, scale="bfloat16", halves="last"),
+        Codec("nf4-hw", signed=NF4, nonnegative=NF4, scale="q8.16", kept="last", padded=True, version=2),
+        Codec("relu4", signed=NF4, nonnegative=UINT4, scale="bfloat16", kept="last"),
+        Codec("relu2", signed=NF4, nonnegative=UINT2, scale="bfloat16", kept="last"),
     )
 }
 

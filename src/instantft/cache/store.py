@@ -285,7 +285,7 @@ def open_store(
     wanted: dict[str, Any] = {
         "base_hash": base_hash,
         "data_hash": data_hash,
-        "codec": c.name,
+        "codec": c.name if c.version == 1 else f"{c.name} {c.version}",
         "record": [[s.name, s.size, s.groups, s.nonnegative, s.offset] for s in record.segments],
         "capacity": capacity,
         "stride": c.stride(record),

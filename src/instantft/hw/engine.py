@@ -22,7 +22,7 @@ from .configs import configured
 from .fixed import CODEC, Bytes, Saturations
 from .formats import Ints
 from .image import MAX_SAMPLES
-from .layout import Build
+from .layout import BEAT, Build
 
 __all__ = ["METHOD", "FixedEngine", "FixedTrainer"]
 
@@ -253,10 +253,12 @@ class FixedTrainer:
 
 
 def _scaled(entries: Bytes, net: NetSpec, left: int) -> Bytes:
-    """Entries whose scales are moved left (or right) by so many bits: the product's codec knows Q8.16 only."""
-    scales = entries[:, : 4 * sum(s.groups for s in net.record.segments)].view("<u4")
+    """Entries whose scales and c are moved left (or right) by so many bits: the product's codec knows Q8.16 only."""
+    *taps, c = net.record.segments
+    scales, output = 4 * sum(s.groups for s in taps), entries.shape[1] - -(-4 * c.size // BEAT) * BEAT
     if left:
-        scales[:] = scales << left if left > 0 else scales >> -left
+        for words in (entries[:, :scales].view("<i4"), entries[:, output:].view("<i4")):
+            words[:] = words << left if left > 0 else words >> -left
     return entries
 
 

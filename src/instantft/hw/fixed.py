@@ -246,11 +246,14 @@ def encode(record: RecordSpec, values: Sequence[Ints], formats: Formats) -> Byte
     """Cache entries (T, bytes) of records: x^1 … c, each (T, size).
 
     They are those of the product's codec, which is told that activations have 16 bits of fraction: it computes with the
-    integers alone. The one that has no negative becomes its neighbour, with the same code and the scale of §3.
+    integers alone. Of the taps, the one that has no negative becomes its neighbour, with the same code and the scale of
+    §3.
     """
     rows = np.zeros((len(values[0]), record.width), np.float32)
     for s, v in zip(record.segments, values, strict=True):
-        rows[:, s.offset : s.offset + s.size] = np.maximum(v, 1 - (1 << (formats.width - 1))) / UNIT
+        rows[:, s.offset : s.offset + s.size] = v / UNIT
+    taps = rows[:, : record.segments[-1].offset]
+    np.maximum(taps, (1 - (1 << (formats.width - 1))) / UNIT, out=taps)
     return codec(CODEC).encode(rows, record)
 
 

@@ -112,6 +112,8 @@ class Build:
             raise UsageError(f"batch size of the core must be 1 to {MAX_BATCH}, not {self.batch}")
         if not self.net.own:
             raise UsageError("the core must run a network of our own (dnn, lenet5), not a foreign one")
+        if self.net.L < 2:
+            raise UsageError("the core must run a network of two layers or more: one has nothing to cache")
         if self.net.C > CHANNELS:
             raise UsageError(f"the core holds up to {CHANNELS} classes, not {self.net.C}")
         if self.samples < 1:
@@ -147,25 +149,16 @@ class Build:
     @cached_property
     def taps(self) -> tuple[Tap, ...]:
         """x^0 … x^{L-1}."""
-        return self._segments[:-1]
-
-    @cached_property
-    def output(self) -> Tap:
-        """c, as it lies in the cache entry; it has no chunks of its own."""
-        return self._segments[-1]
-
-    @cached_property
-    def _segments(self) -> tuple[Tap, ...]:
         out: list[Tap] = []
         n0 = self.net.geometry[0].N
         blocks = -(-n0 // BLOCK)
         chunk = -(-blocks // self.lane_blocks)
         out.append(Tap(0, n0, 0, blocks, 0, 0, 0, chunk))
         block = scale = 0
-        for k, s in enumerate(self.net.record.segments, 1):
+        for k, s in enumerate(self.net.record.segments[:-1], 1):
             each = -(-(s.size // s.groups) // BLOCK)
             chunks = -(-s.groups * each // self.lane_blocks)
-            out.append(Tap(k, s.size, s.groups, each, block, scale, chunk, chunks if k < self.net.L else 0))
+            out.append(Tap(k, s.size, s.groups, each, block, scale, chunk, chunks))
             block += -(-s.groups * each // 2) * 2
             scale += s.groups
             chunk += chunks
@@ -178,8 +171,8 @@ class Build:
 
     @property
     def scales(self) -> int:
-        """Groups of a record."""
-        return self.output.first_scale + self.output.groups
+        """Groups of a record; c has none."""
+        return sum(t.groups for t in self.taps)
 
     @property
     def scale_beats(self) -> int:
@@ -187,12 +180,17 @@ class Build:
 
     @property
     def code_beats(self) -> int:
-        return (self.output.first_block + -(-self.output.blocks // 2) * 2) // 2
+        return sum(-(-t.blocks // 2) for t in self.taps[1:])
+
+    @property
+    def output_beats(self) -> int:
+        """Of c, a word a class."""
+        return -(-4 * self.net.C // BEAT)
 
     @property
     def entry_beats(self) -> int:
-        """Beats of a cache entry: 70 for LeNet-5."""
-        return self.scale_beats + self.code_beats
+        """Beats of a cache entry: 71 for LeNet-5."""
+        return self.scale_beats + self.code_beats + self.output_beats
 
     @property
     def input_beats(self) -> int:

@@ -51,7 +51,7 @@ class ResultsPort(wiring.Signature):
         address: of a value, x^1 … c one after the other; only while `ready`.
         pair: (2·S,) of sample s, the value at `address` at 2·s and the next one at 2·s + 1, READ cycles later.
         written: a value of every sample is written this cycle …
-        scale: … of this group of the record, …
+        scale: … of this group of the record (c, which has no scale, comes after those that have one), …
         first: … its first one …
         values: (S,) … these.
     """
@@ -65,7 +65,7 @@ class ResultsPort(wiring.Signature):
                 "address": In(range(build.net.record.size)),
                 "pair": Out(values(width, 2 * build.samples)),
                 "written": Out(1),
-                "scale": Out(range(build.scales)),
+                "scale": Out(range(build.scales + 1)),
                 "first": Out(1),
                 "values": Out(values(width, build.samples)),
             }
@@ -193,7 +193,7 @@ class Backbone(wiring.Component):
             "plane": plane,
             "next_group": (CHANNELS - 1) * plane + step,
             "channels": spec.out - CHANNELS * (layer.channel_groups - 1),
-            "scale": build.output.first_scale if k == build.net.L - 1 else build.taps[k + 1].first_scale,
+            "scale": build.scales if k == build.net.L - 1 else build.taps[k + 1].first_scale,
             "vector": int(not conv),
             "pair": int(layer.pair),
             "joined": int(layer.pair and pool == 2),
@@ -256,7 +256,7 @@ class Backbone(wiring.Component):
                     "address": unsigned(bits),
                     "pool_first": 1,
                     "pool_last": 1,
-                    "scale": range(max(2, self.build.scales)),
+                    "scale": range(self.build.scales + 1),
                     "scale_first": 1,
                     "channels": range(CHANNELS + 1),
                     "bias": range(max(2, self.build.bias_words)),
@@ -521,7 +521,7 @@ class Backbone(wiring.Component):
                 "write": 1,
                 "place": len(place),
                 "slot": range(CHANNELS),
-                "scale": range(max(2, build.scales)),
+                "scale": range(build.scales + 1),
                 "scale_first": 1,
             }
         )

@@ -1,9 +1,9 @@
 """Codec nf4-hw, writing: the records of S samples, in step, become their cache entries (docs/hardware.md §3, §10).
 
 The scale of a group is known as soon as its last value is written: `ResultsPort.written` shows every value. Then beat
-by beat, 16 cycles each: four scales, or 32 codes, two values of every sample a cycle. While a group's codes are made,
-so are its successor's 15 thresholds: one product a cycle for each sample, into a memory of 2 × 16. A code is found in
-four steps, each one comparison with the threshold in the middle of what is left.
+by beat, 16 cycles each: four scales; or 32 codes, two values of every sample a cycle; or four values of c as they are.
+While a group's codes are made, so are its successor's 15 thresholds: one product a cycle for each sample, into a memory
+of 2 × 16. A code is found in four steps, each one comparison with the threshold in the middle of what is left.
 
 Letters: S samples side by side, W width of activations.
 """
@@ -26,8 +26,8 @@ from .pieces import later
 __all__ = ["Quantise"]
 
 SLOT = 16
-"""Cycles of a beat, which is put together byte by byte: 4 words of scales, or 16 times 2 codes. In these a bank of
-entries takes a beat of each of its samples."""
+"""Cycles of a beat, which is put together byte by byte: 4 words of scales or of c, or 16 times 2 codes. In these a bank
+of entries takes a beat of each of its samples."""
 
 PRODUCE = 4
 """In which cycle of a group the next one's scale is read. Its T_0 … T_14 can be read PRODUCE + 4 … PRODUCE + 18
@@ -88,11 +88,12 @@ class Quantise(wiring.Component):
         return m
 
     def _scales(self, m: Module) -> None:
-        """m of every group; from `scale_address`, a cycle later, to `scale_words` for thresholds (`produce`), or to
-        `entry_words` (`word`), of which the low byte is there first and the others follow."""
+        """m of every group (c's too, which nobody reads); from `scale_address`, a cycle later, to `scale_words` for
+        thresholds (`produce`), or to `entry_words` (`word`), of which the low byte is there first and the others
+        follow; values of c go there too (`whole`), with their sign."""
         build, bits, results = self.build, self.build.formats.width - 1, self.results
         m.submodules.scales = store = Memory(
-            shape=build.samples * bits, depth=build.scales, init=[], attrs={"ram_style": "distributed"}
+            shape=build.samples * bits, depth=build.scales + 1, init=[], attrs={"ram_style": "distributed"}
         )
         put, get = store.write_port(), store.read_port(domain="comb")
         written = later(m, results.written, 2)
@@ -107,21 +108,22 @@ class Quantise(wiring.Component):
             value = results.values[s]
             size = Signal(bits + 1, name=f"size_{s}", reset_less=True)
             limited = Signal(bits, name=f"limited_{s}", reset_less=True)
-            scale, word = (Signal(bits, name=f"{n}_{s}", reset_less=True) for n in ("scale", "word"))
+            scale = Signal(bits, name=f"scale_{s}", reset_less=True)
+            word = Signal(signed(bits + 1), name=f"word_{s}", reset_less=True)
             held = get.data[bits * s : bits * (s + 1)]
             m.d.sync += [size.eq(Mux(value[-1], -value, value)), limited.eq(size[:bits] | size[-1].replicate(bits))]
             with m.If(self.produce):
                 m.d.sync += scale.eq(held)
-            m.d.sync += word.eq(Mux(self.word, held, word >> 8))
+            m.d.sync += word.eq(Mux(self.whole, results.pair[2 * s], Mux(self.word, held, word >> 8)))
             m.d.comb += put.data[bits * s : bits * (s + 1)].eq(Mux(first | (limited > held), limited, held))
             self.scale_words.append(scale)
             self.entry_words.append(word)
 
     def _sequence(self, m: Module) -> None:
-        """Beats of scales, then of codes: which value in which cycle."""
+        """Beats of scales, then of codes, then of c: which value in which cycle."""
         build, results = self.build, self.results
         groups: list[tuple[int, int, int]] = []  # values, steps of two codes, and whether a step takes two cycles
-        for tap in (*build.taps[1:], build.output):
+        for tap in build.taps[1:]:
             slow = int(tap.groups > 1 and tap.group_blocks == 1)  # thresholds need the 16 cycles
             each = [(tap.size // tap.groups, tap.group_blocks * BLOCK // 2, slow)] * tap.groups
             if tap.blocks % 2:  # the block that fills the last beat
@@ -149,6 +151,9 @@ class Quantise(wiring.Component):
         half, last = Signal(reset_less=True), Signal(reset_less=True)
         address = Signal.like(results.address, reset_less=True)
         wait = Signal(range(FLUSH + 1), reset_less=True)
+        output = Signal(range(SLOT * build.output_beats), reset_less=True)  # a value of c every four cycles
+        self.whole, self.whole_known = Signal(), Signal()
+        give = Signal()
         self.scale_address = Signal(range(4 * build.scale_beats + 1))
         self.word, self.produce, self.step, self.kept = Signal(), Signal(), Signal(), Signal(2)
         self.buffer = Signal(reset_less=True)  # where the group's thresholds are
@@ -161,6 +166,8 @@ class Quantise(wiring.Component):
             self.produce.eq(early & (cycle == PRODUCE)),
             self.scale_address.eq(Mux(self.produce, group, scale)),
             self.busy.eq(queued | working | self.sending),
+            self.whole.eq(later(m, give, READ)),
+            self.whole_known.eq(later(m, output[2:] < build.net.C, READ)),
         ]
         with m.If(self.start):
             m.d.sync += [queued.eq(1), count.eq(self.samples)]
@@ -199,8 +206,15 @@ class Quantise(wiring.Component):
                     with m.If(last):
                         begin()
                         with m.If(group == len(groups)):
-                            m.d.sync += [early.eq(0), wait.eq(FLUSH)]
-                            m.next = "flush"
+                            m.d.sync += [early.eq(0), output.eq(0)]
+                            m.next = "output"
+            with m.State("output"):
+                m.d.sync += [output.eq(output + 1), wait.eq(FLUSH)]
+                with m.If(output[:2] == 3):  # the last codes have left the pipeline before the first value comes
+                    m.d.comb += give.eq(1)
+                    m.d.sync += address.eq(address + 1)
+                with m.If(output == SLOT * build.output_beats - 1):
+                    m.next = "flush"
             with m.State("flush"):
                 m.d.sync += wait.eq(wait - 1)
                 with m.If(wait == FLUSH - READ):
@@ -274,12 +288,15 @@ class Quantise(wiring.Component):
         """Beats of all samples, complete at once; then, in 16 cycles, one after the other into a bank of entries."""
         build = self.build
         byte = later(m, self.step, READ + 4)
-        # A scale's four bytes come from the cycle after `word` on; beyond the last scale the beat is filled with zeros.
+        # Four bytes come from the cycle after `word` or `whole` on; beyond the last one the beat is filled with zeros.
         known, bytes_left = Signal(reset_less=True), Signal(3)
         word = bytes_left != 0
         m.d.sync += bytes_left.eq(bytes_left - word)
-        with m.If(self.word):
-            m.d.sync += [known.eq(self.scale_address < build.scales), bytes_left.eq(4)]
+        with m.If(self.word | self.whole):
+            m.d.sync += [
+                known.eq(Mux(self.whole, self.whole_known, self.scale_address < build.scales)),
+                bytes_left.eq(4),
+            ]
         parts, complete = Signal(range(SLOT)), Signal()  # bytes of a beat
         m.d.sync += complete.eq((byte | word) & (parts == SLOT - 1))
         with m.If(byte | word):

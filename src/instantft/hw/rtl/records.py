@@ -20,7 +20,7 @@ __all__ = ["C_LATENCY", "LATENCY", "Records"]
 LATENCY = 8
 """Cycles from (read_bank, sample, chunk) to `values`."""
 
-C_LATENCY = 5
+C_LATENCY = 3
 """Cycles from (read_bank, c_sample, c_class) to `c`."""
 
 SETTLE = 4
@@ -159,11 +159,12 @@ class Records(wiring.Component):
 
     def _write_entries(self, m: Module) -> None:
         build = self.build
-        wide, output = build.lane_blocks, build.output
+        wide = build.lane_blocks
+        self.output_bits = ceil_log2(build.output_beats)
         self.code_rows = build.chunks - build.taps[0].chunks
         halves = 2 if wide == 1 else 1  # a single bank takes one block a cycle
 
-        # What to do with each beat (or half): scales, c, or one or two blocks of codes, each for (row, bank).
+        # What to do with each beat (or half): scales, one or two blocks of codes, each for (row, bank), or c.
         places = {
             tap.first_block + b: (tap.first_chunk - build.taps[0].chunks + b // wide, b % wide)
             for tap in build.taps[1:]
@@ -173,8 +174,8 @@ class Records(wiring.Component):
         layout = data.StructLayout(
             {
                 "scales": 1,
-                "output_scale": 1,
                 "output": 1,
+                "output_row": max(1, self.output_bits),
                 "low": 1,
                 "low_row": range(max(2, self.code_rows)),
                 "low_bank": range(wide),
@@ -187,13 +188,15 @@ class Records(wiring.Component):
             beat, half = divmod(step, halves)
             at = 2 * (beat - build.scale_beats)
             both = beat >= build.scale_beats
+            output = beat - build.scale_beats - build.code_beats
+            last_half = half == halves - 1
             low = places.get(at if halves == 1 else at + half) if both else None
             high = places.get(at + 1) if both and halves == 1 else None
             steps.append(
                 {
-                    "scales": int(not both and half == halves - 1),
-                    "output_scale": int(beat == output.first_scale // WORDS),
-                    "output": int(both and at == output.first_block and half == 0),
+                    "scales": int(not both and last_half),
+                    "output": int(output >= 0 and last_half),
+                    "output_row": max(0, output),
                     "low": int(low is not None),
                     "low_row": low[0] if low else 0,
                     "low_bank": low[1] if low else 0,
@@ -220,8 +223,8 @@ class Records(wiring.Component):
         word = Signal(8 * BEAT, reset_less=True)
         m.d.sync += [valid.eq(self.entry_valid), over.eq(last)]
         m.d.sync += word.eq(Mux(count[0], self.entry_data >> 64, self.entry_data) if halves == 2 else self.entry_data)
-        scales = Signal(8 * BEAT, reset_less=True)  # not halved
-        m.d.sync += scales.eq(self.entry_data)
+        whole = Signal(8 * BEAT, reset_less=True)  # not halved
+        m.d.sync += whole.eq(self.entry_data)
         codes = Signal(range(max(2, 2 * build.batch * self.code_rows)))
         scale_row = Signal(range(2 * build.batch * build.scale_beats))
         number = Signal(range(build.batch))
@@ -260,7 +263,7 @@ class Records(wiring.Component):
             self._codes.append(ram.read_port())
 
         magnitude = build.formats.width - 1
-        four = Cat(scales[32 * i : 32 * i + magnitude] for i in range(WORDS))
+        four = Cat(whole[32 * i : 32 * i + magnitude] for i in range(WORDS))
         self._scales = []
         for i in range(wide):
             ram = self._memory(m, f"scales_{i}", len(four), 2 * build.batch * build.scale_beats, "block")
@@ -268,20 +271,15 @@ class Records(wiring.Component):
             m.d.comb += [port.addr.eq(scale_row), port.data.eq(four), port.en.eq(valid & todo.scales)]
             self._scales.append(ram.read_port())
 
-        slot = Cat(number, self.bank)
-        place = 32 * (output.first_scale % WORDS)
-        c_codes = self._memory(m, "c_codes", 64, 1 << len(slot), "distributed")
-        c_scale = self._memory(m, "c_scale", magnitude, 1 << len(slot), "distributed")
-        codes_port, scale_port = c_codes.write_port(), c_scale.write_port()
+        # Values of c, four of a sample in a row.
+        four_c = self._memory(m, "c", WORDS * build.formats.width, 1 << len(number) + 1 + self.output_bits, "block")
+        port = four_c.write_port()
         m.d.comb += [
-            codes_port.addr.eq(slot),
-            codes_port.data.eq(word[:64]),
-            codes_port.en.eq(valid & todo.output),
-            scale_port.addr.eq(slot),
-            scale_port.data.eq(scales[place : place + magnitude]),
-            scale_port.en.eq(valid & todo.output_scale),
+            port.addr.eq(Cat(todo.output_row[: self.output_bits], number, self.bank)),
+            port.data.eq(Cat(whole[32 * i : 32 * i + build.formats.width] for i in range(WORDS))),
+            port.en.eq(valid & todo.output),
         ]
-        self._c_codes, self._c_scale = c_codes.read_port(), c_scale.read_port()
+        self._c = four_c.read_port()
 
     # -- reading
 
@@ -348,13 +346,11 @@ class Records(wiring.Component):
                 m.d.comb += self.values[lane].eq(out)
 
     def _read_output(self, m: Module) -> None:
-        slot = Cat(self.c_sample, self.read_bank)
-        m.d.comb += [self._c_codes.addr.eq(slot), self._c_scale.addr.eq(slot)]
-        which = self._late(m, "c_which", self.c_class, 1)
-        code = Signal(4, name="c_code", reset_less=True)
-        m.d.sync += code.eq(self._c_codes.data.word_select(which, 4))
-        scale = self._late(m, "c_m", self._c_scale.data, 2)
-        m.d.comb += self.c.eq(_dequantised(m, "c", code, scale))
+        m.d.comb += self._c.addr.eq(Cat(self.c_class[2 : 2 + self.output_bits], self.c_sample, self.read_bank))
+        four, which = self._late(m, "c_four", self._c.data, 1), self._late(m, "c_which", self.c_class[:2], 2)
+        given = Signal(signed(self.build.formats.width), name="c_given", reset_less=True)
+        m.d.sync += given.eq(four.word_select(which, self.build.formats.width))
+        m.d.comb += self.c.eq(given)
 
     def _labels(self, m: Module) -> None:
         number = Signal(range(self.build.batch))
