@@ -15,7 +15,7 @@ pytest.importorskip("amaranth", reason="needs the extra hw (amaranth)")
 from instantft import cli
 from instantft.errors import FileError
 from instantft.hw.configs import CONFIGS, configured
-from instantft.hw.generate import generate, pins, ports
+from instantft.hw.generate import contents, generate, pins, ports
 from instantft.spec import LayerSpec, NetSpec
 
 TINY = NetSpec((4,), (LayerSpec("fc", 3, relu=True), LayerSpec("fc", 2)))
@@ -63,6 +63,14 @@ def test_what_it_holds(folder: Path) -> None:
         assert not re.search(r"@[A-Z]+@", text)
     assert "xck26-sfvc784-2LV-c" in (folder / "kv260.tcl").read_text()
     compile((folder / "driver.py").read_text(), "driver.py", "exec")
+
+
+@pytest.mark.parametrize("config", ["k26-small", "ecp5-85f"])
+def test_memories_are_of_what_the_device_has(config: str) -> None:
+    """A K26 has few block RAMs for a core, and URAM; an ECP5 has none. A is in block RAM on both."""
+    text = contents(CONFIGS[config], configured(config, TINY, "q"))["core.v"].decode()
+    found = set(re.findall(r'ram_style = "(\w+)"', text))
+    assert found == {"distributed", "block"} | ({"ultra"} if config == "k26-small" else set())
 
 
 def test_pins_join_every_port_once(folder: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from instantft.errors import EngineError
 from instantft.hw import image
 from instantft.hw.formats import PROFILES
 from instantft.hw.image import Launch, Outcome
-from instantft.hw.layout import Build
+from instantft.hw.layout import CHANNELS, Build
 from instantft.hw.sim import Simulator, compiled
 from instantft.spec import dnn
 
@@ -92,11 +93,16 @@ def core() -> Simulator:
 
 @pytest.mark.parametrize("seed", range(3, 33, 5))
 def test_the_core_has_the_golden_models_bits(core: Simulator, seed: int) -> None:
-    core.seed = seed
-    found = compare(drawn(core.build, seed), core)
+    core.seed, case = seed, drawn(core.build, seed)
+    found = compare(case, core)
     assert found.same, found.different
     assert found.compared["A"] > 0
     assert 0 <= found.host - found.cycles["total"] < 8  # the read of STATUS that says done
+    # The two counters of filling part where the frozen network ends and the quantiser begins (§8, §10).
+    groups, layers = math.ceil(len(case.x) / core.build.samples), core.build.layers
+    products = sum(layer.spec.out * max(layer.inputs, CHANNELS) for layer in layers) // CHANNELS
+    assert found.cycles["fill"] >= groups * products
+    assert found.cycles["quantise"] >= groups * CHANNELS * core.build.entry_beats
 
 
 def test_a_golden_model_with_another_bit_is_noticed(core: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
