@@ -19,8 +19,11 @@ LATENCY = 2
 """Cycles from `read_address` to `read_data`."""
 
 DEPTH: dict[Style, int] = {"distributed": 64, "block": 1024, "ultra": 4096}
-SMALLER: dict[Style, tuple[int, Style]] = {"block": (64, "distributed"), "ultra": (512, "block")}
-"""The last bank's style where it has at most so many words."""
+SMALLER: dict[Style, tuple[tuple[int, Style], ...]] = {
+    "block": ((64, "distributed"),),
+    "ultra": ((128, "distributed"), (512, "block")),
+}
+"""The last bank's style where it has at most so many words: the first that fits."""
 
 
 class Store(wiring.Component):
@@ -58,8 +61,8 @@ class Store(wiring.Component):
         words = []
         for i, first in enumerate(range(0, self.depth, each)):
             style, size = self.style, min(each, self.depth - first)
-            while i and style in SMALLER and size <= SMALLER[style][0]:
-                style = SMALLER[style][1]
+            if i:
+                style = next((smaller for most, smaller in SMALLER.get(style, ()) if size <= most), style)
             m.submodules[f"bank{i}"] = bank = Memory(shape=self.width, depth=size, init=[], attrs={"ram_style": style})
             write, read = bank.write_port(), bank.read_port()
             m.d.comb += [

@@ -26,6 +26,10 @@ C_LATENCY = 3
 SETTLE = 4
 """Cycles from the last beat written to the first in which it may be asked for."""
 
+IN_URAM = 2
+"""Of the blocks' memories of scales, so many may be in URAM: with all of them in one kind of memory, that kind would be
+more than 70 % full on a K26."""
+
 LEVEL = signed(18)
 """A level of NF4, -2^16 to 2^16."""
 
@@ -266,13 +270,14 @@ class Records(wiring.Component):
         four = Cat(whole[32 * i : 32 * i + magnitude] for i in range(WORDS))
         self._scales = []
         for i in range(wide):
-            ram = self._memory(m, f"scales_{i}", len(four), 2 * build.batch * build.scale_beats, "block")
+            style = self.ram if i < IN_URAM else "block"
+            ram = self._memory(m, f"scales_{i}", len(four), 2 * build.batch * build.scale_beats, style)
             port = ram.write_port()
             m.d.comb += [port.addr.eq(scale_row), port.data.eq(four), port.en.eq(valid & todo.scales)]
             self._scales.append(ram.read_port())
 
         # Values of c, four of a sample in a row.
-        four_c = self._memory(m, "c", WORDS * build.formats.width, 1 << len(number) + 1 + self.output_bits, "block")
+        four_c = self._memory(m, "c", WORDS * build.formats.width, 1 << len(number) + 1 + self.output_bits)
         port = four_c.write_port()
         m.d.comb += [
             port.addr.eq(Cat(todo.output_row[: self.output_bits], number, self.bank)),
