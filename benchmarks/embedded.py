@@ -3,8 +3,8 @@
     python -m benchmarks.embedded
     python -m benchmarks.embedded --accuracy     also what 8-bit weights of the frozen network cost, on the papers' data
 
-The time is an estimate, not a measurement: each hot loop is compiled for a Cortex-A53 with vectors of four (GCC, -O3)
-and given to llvm-mca, which tells cycles a turn with everything in the L1 cache; turns follow from the shapes. The
+The time is an estimate, not a measurement: each hot loop is compiled for a Cortex-A53 with vectors of four, by
+clang and by GCC, -O3, and given to llvm-mca, which tells cycles a turn with everything in the L1 cache; turns follow from the shapes. The
 bytes that do not stay in the L1 cache move at BANDWIDTH. Two figures: the longer of cycles and bytes, and both one
 after the other; a Cortex-A53, in order but with a prefetcher and loads that do not wait, is between them. What
 surrounds the loops is not counted. llvm-mca lets this processor finish in order only: a load behind a multiply-add
@@ -49,6 +49,10 @@ CASES = {
 
 LOOPS = r"""
 #include "codecs.c"
+__attribute__((flatten)) void encode_loop(const float *x, int n, float inv, uint8_t *code) {
+    encode_nf4(x, n, inv, code);
+}
+__attribute__((flatten)) float peak_loop(const float *x, int n) { return peak(x, n, 0); }
 #include "linalg.h"
 #include "panels.h"
 void dot_loop(const float *const *x, const float *a, ptrdiff_t lda, int n, float *h, ptrdiff_t ldh) {
@@ -73,29 +77,34 @@ void bytes_loop(const uint8_t *x, float *row, int n) {
         UNROLL for (int j = 0; j < 8; j++) vst1q_f32(row + i + 4 * j, vmulq_n_f32(v[j], (float)(1.0 / 255)));
     }
 }
-__attribute__((flatten)) void encode_loop(const float *x, int n, float inv, uint8_t *code) {
-    encode_nf4(x, n, inv, code);
-}
-__attribute__((flatten)) float peak_loop(const float *x, int n) { return peak(x, n, 0); }
 """ + "".join(
-    f"void conv{n}_loop(const conv_args *g, const float *x, const float *w, const float *bias, float *y) "
-    f"{{ conv_pool_row_4({n}, g, x, w, bias, y); }}\n"
-    for n in range(1, 7)
+    f"void conv{n}x{columns}_loop(const conv_args *g, const float *x, const float *w, const float *bias, float *y) "
+    f"{{ conv_args h = *g; h.kw = 5; conv_pool_tile_4({n}, {columns}, &h, x, w, bias, y); }}\n"
+    for n in (2, 3, 4)
+    for columns in (2, 4)
 )
 
+COMPILERS = {
+    "clang": [
+        *("clang", "--target=aarch64-linux-gnu", "-I/usr/aarch64-linux-gnu/include"),
+        *("-mllvm", "-inline-threshold=10000"),  # loops stay where they are looked for
+    ],
+    "gcc": ["aarch64-linux-gnu-gcc"],
+}
 
-def loop_cycles(folder: Path) -> dict[str, float]:
+
+def loop_cycles(folder: Path, compiler: Sequence[str]) -> dict[str, float]:
     """Cycles a turn of each hot loop, by name, on a Cortex-A53."""
     source, assembly = folder / "loops.c", folder / "loops.s"
     source.write_text(LOOPS)
-    gcc = ["aarch64-linux-gnu-gcc", "-O3", "-mcpu=cortex-a53", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math"]
-    defines = ["-DIFT_VL=4", "-DIFT_CORE=loops", "-DLANE_TILE=6", "-Dbits_of=bits_of_float"]
-    flags = ["-ffp-contract=fast", "-w", *defines, f"-I{sources()}", "-S"]
-    subprocess.run([*gcc, *flags, source, "-o", assembly], check=True)
+    flags = ["-O3", "-mcpu=cortex-a53", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math"]
+    defines = ["-DIFT_VL=4", "-DIFT_CORE=loops", f"-DLANE_TILE={LANE_TILE[4]}", "-Dbits_of=bits_of_float"]
+    flags += ["-ffp-contract=fast", "-w", *defines, f"-I{sources()}", "-S"]
+    subprocess.run([*compiler, *flags, source, "-o", assembly], check=True)
     cycles = {}
     text = assembly.read_text()
     for loop in re.findall(r"\b(\w+)_loop\(", LOOPS, re.MULTILINE):
-        body = re.search(rf"^{loop}_loop:\n(.*?)^\s*\.size\s+{loop}_loop", text, re.MULTILINE | re.DOTALL)
+        body = re.search(rf"^{loop}_loop:[^\n]*\n(.*?)^\s*\.size\s+{loop}_loop", text, re.MULTILINE | re.DOTALL)
         assert body, loop
         loop_code = _innermost(body[1].splitlines())
         (folder / "one.s").write_text("\n".join(loop_code) + "\n")
@@ -114,7 +123,7 @@ def loop_cycles(folder: Path) -> dict[str, float]:
             at_once += 2 * sum(1 for x in loop_code if re.match(r"stp\s+q", x))
         elif loop in ("encode", "peak"):
             at_once = 4
-        elif loop in ("gemm", "outer"):
+        elif loop in ("dot", "gemm", "outer"):
             at_once = sum(x.startswith("fmla") for x in loop_code) // 16
         assert at_once, loop_code
         cycles[loop] /= at_once
@@ -167,11 +176,14 @@ def fill(spec: NetSpec, cycles: dict[str, float]) -> Phase:
     turns = dict.fromkeys(cycles, 0.0)
     weights, products = 0, 0
     for layer, g in zip(spec.layers, spec.geometry, strict=True):
-        if layer.kind == "conv":  # four samples, up to six channels and 2×2 outputs at a time
+        if layer.kind == "conv":  # four samples, up to four channels and a row of four outputs: a turn a kernel's row
+            assert (layer.kernel[1], layer.pool) == (5, 2)
             taps = g.in_shape[0] * math.prod(layer.kernel)
-            positions = math.ceil(g.linear_shape[1] / 2) * math.ceil(g.linear_shape[2] / 2)
+            rows = g.in_shape[0] * layer.kernel[0] * (g.linear_shape[1] // 2 * 2)
+            columns = g.linear_shape[2] // 2
             for tile in tiles(layer.out):
-                turns[f"conv{tile}"] += positions * taps / 4
+                turns[f"conv{tile}x4"] += rows * (columns // 2) / 4
+                turns[f"conv{tile}x2"] += rows * (columns % 2) / 4
             products += taps * math.prod(g.linear_shape)
         else:
             turns["gemm"] += g.N * pad(layer.out) / 16 / 4
@@ -190,7 +202,7 @@ def tiles(channels: int) -> list[int]:
     """How conv_pack of native/panels.h cuts them."""
     found: list[int] = []
     while channels:
-        found.append(math.ceil(channels / math.ceil(channels / LANE_TILE)))
+        found.append(math.ceil(channels / math.ceil(channels / LANE_TILE[4])))
         channels -= found[-1]
     return found
 
@@ -210,6 +222,33 @@ def step(spec: NetSpec, cycles: dict[str, float]) -> Phase:
     if A > L1:
         moved += 3 * A  # read forward, read and written backward
     return Phase(2 * BATCH * RANK * N / 4 / CLOCK, sum(turns[k] * cycles[k] for k in cycles) / CLOCK, moved / BANDWIDTH)
+
+
+def estimate(compiler: str, cycles: dict[str, float]) -> dict[str, object]:
+    """What it comes to, printed and by name."""
+    print(f"Cortex-A53 (llvm-mca, {compiler}), cycles a turn: {', '.join(f'{k} {v:.1f}' for k, v in cycles.items())}")
+    lenet = CASES["LeNet-5"][0]
+    phases = {
+        "fill": fill(lenet, cycles) * 1024,
+        "train": step(lenet, cycles) * (EPOCHS * math.ceil(1024 / BATCH)),
+    }
+    print(f"LeNet-5, 1,024 samples, {EPOCHS} epochs at {CLOCK / 1e9:g} GHz and {BANDWIDTH / 1e9:g} GB/s, seconds:")
+    for name, x in phases.items():
+        print(
+            f"  {name:5}  multiply-adds alone {x.products:.3f}, loops {x.cycles:.3f}, bytes {x.bytes:.3f}; "
+            f"together {x.together:.3f}, one after the other {x.apart:.3f}"
+        )
+    together, apart = (sum(getattr(x, how) for x in phases.values()) for how in ("together", "apart"))
+    print(f"  whole  {together:.3f} to {apart:.3f} (the paper: 3.9 on the board's CPU, 0.36 on the FPGA)")
+    fan = step(CASES["fan DNN"][0], cycles).apart
+    print(f"fan DNN, a cached batch of {BATCH}: {fan * 1e3:.3f} ms (the paper: 0.45 ms)")
+    return {
+        "cycles": cycles,
+        **{name: asdict(x) for name, x in phases.items()},
+        "together": together,
+        "apart": apart,
+        "fan batch": fan,
+    }
 
 
 def instructions(folder: Path) -> dict[str, int] | None:
@@ -281,33 +320,9 @@ def main() -> None:
             if counted:
                 print(f"  Cortex-M4F in QEMU, instructions: {counted}")
             results[name] = {"ram": takes.ram, "flash": takes.flash, "ridge_samples": largest, "instructions": counted}
-        if shutil.which("llvm-mca") and shutil.which("aarch64-linux-gnu-gcc"):
-            cycles = loop_cycles(folder)
-            print(f"Cortex-A53 (llvm-mca), cycles a turn: {', '.join(f'{k} {v:.1f}' for k, v in cycles.items())}")
-            lenet = CASES["LeNet-5"][0]
-            phases = {
-                "fill": fill(lenet, cycles) * 1024,
-                "train": step(lenet, cycles) * (EPOCHS * math.ceil(1024 / BATCH)),
-            }
-            print(
-                f"LeNet-5, 1,024 samples, {EPOCHS} epochs at {CLOCK / 1e9:g} GHz and {BANDWIDTH / 1e9:g} GB/s, seconds:"
-            )
-            for name, x in phases.items():
-                print(
-                    f"  {name:5}  multiply-adds alone {x.products:.3f}, loops {x.cycles:.3f}, bytes {x.bytes:.3f}; "
-                    f"together {x.together:.3f}, one after the other {x.apart:.3f}"
-                )
-            together, apart = (sum(getattr(x, how) for x in phases.values()) for how in ("together", "apart"))
-            print(f"  whole  {together:.3f} to {apart:.3f} (the paper: 3.9 on the board's CPU, 0.36 on the FPGA)")
-            fan = step(CASES["fan DNN"][0], cycles).apart
-            print(f"fan DNN, a cached batch of {BATCH}: {fan * 1e3:.3f} ms (the paper: 0.45 ms)")
-            results["cortex-a53"] = {
-                "cycles": cycles,
-                **{name: asdict(x) for name, x in phases.items()},
-                "together": together,
-                "apart": apart,
-                "fan batch": fan,
-            }
+        for compiler, command in COMPILERS.items():
+            if shutil.which("llvm-mca") and shutil.which(command[0]):
+                results[f"cortex-a53, {compiler}"] = estimate(compiler, loop_cycles(folder, command))
     if arguments.accuracy:
         results["accuracy"] = found = accuracies(arguments.seeds)
         for name, by_weights in found.items():

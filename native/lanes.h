@@ -72,6 +72,36 @@ static void LN(pad_map)(const float *src, int c, int h, int w, int ph, int pw, f
     }
 }
 
+#if IFT_BY_LANE
+/* acc[o][0] += Σ w·x as below, of one row of outputs and a kernel of kw columns: inputs for one row of the kernel and its
+ * weights, four to a register, are all there before the first product. oc, cb, kw are constants at every call; oc·kw is at
+ * least 4, and oc·cb + (cb + kw - 1) + oc·kw/4 no more than the registers. */
+INLINE void LN(conv_kernel)(int oc, int cb, int kw, const conv_args *g, const float *x, const float *w, int ky0, int ky1,
+                            LV acc[LANE_OUT][2][4]) {
+    const int n = oc * kw, packed = (n + 3) / 4, columns = cb + kw - 1;
+    const ptrdiff_t pitch = g->x_pitch * LW;
+    for (int i = 0; i < g->ic; i++) {
+        const float *xi = x + i * g->x_plane * LW + ky0 * pitch, *wi = w + ((ptrdiff_t)i * g->kh + ky0) * n;
+        for (int left = ky1 - ky0; left;) {
+            LV v[8], s[5];
+#define COLUMN(c) if (c < columns) v[c] = LN(load)(xi + c * LW); /* of a loop clang makes a copy in memory */
+#define FACTORS(j) if (j < packed) s[j] = LN(load)(wi + (j + 1 < packed ? 4 * j : n - 4));
+            FACTORS(0) FACTORS(1) FACTORS(2) FACTORS(3) FACTORS(4)
+            COLUMN(0) COLUMN(1) COLUMN(2) COLUMN(3) COLUMN(4) COLUMN(5) COLUMN(6) COLUMN(7)
+#undef COLUMN
+#undef FACTORS
+            xi += pitch, wi += n, left--;
+            LOADED(s[0], v[0], v[1], v[2], xi, wi, left, s, packed, v, columns);
+            UNROLL for (int kx = 0; kx < kw; kx++)
+                UNROLL for (int o = 0; o < oc; o++) {
+                    const int at = kx * oc + o, j = at / 4, lane = j + 1 < packed ? at % 4 : at + 4 - n;
+                    UNROLL for (int c = 0; c < cb; c++) acc[o][0][c] = vlane(acc[o][0][c], v[kx + c], s[j], lane);
+                }
+        }
+    }
+}
+#endif
+
 /* out channels o…o+oc at rb × cb positions: acc = bias + Σ w·x over channels c, kernel rows ky0…ky1 and all columns.
  * w holds oc values for every (c, ky, kx). oc, rb, cb are constants at every call. */
 INLINE void LN(conv_tile)(int oc, int rb, int cb, const conv_args *g, const float *x, const float *w, int ky0, int ky1,
@@ -79,6 +109,16 @@ INLINE void LN(conv_tile)(int oc, int rb, int cb, const conv_args *g, const floa
     UNROLL for (int o = 0; o < oc; o++)
         UNROLL for (int r = 0; r < rb; r++)
             UNROLL for (int c = 0; c < cb; c++) acc[o][r][c] = LN(set)(bias ? bias[o] : 0);
+#if IFT_BY_LANE
+    if (oc > 1 && rb == 1 && g->kw == 5) {
+        LN(conv_kernel)(oc, cb, 5, g, x, w, ky0, ky1, acc);
+        return;
+    }
+    if (oc > 1 && rb == 1 && g->kw == 3) {
+        LN(conv_kernel)(oc, cb, 3, g, x, w, ky0, ky1, acc);
+        return;
+    }
+#endif
     ptrdiff_t pitch = g->x_pitch * LW;
     for (int i = 0; i < g->ic; i++) {
         const float *xi = x + i * g->x_plane * LW + ky0 * pitch;
@@ -88,17 +128,6 @@ INLINE void LN(conv_tile)(int oc, int rb, int cb, const conv_args *g, const floa
                 LV v[2][4];
                 UNROLL for (int r = 0; r < rb; r++)
                     UNROLL for (int c = 0; c < cb; c++) v[r][c] = LN(load)(xi + r * pitch + (kx + c) * LW);
-#if IFT_BY_LANE
-                if (oc >= 4) { /* weights 0 … 3, and those that end with the last one */
-                    LV low = LN(load)(wi), high = LN(load)(wi + oc - 4);
-                    if (oc > 4 && rb == 2) IN_PLACE(low, high, v[0][0], v[1][cb - 1]);
-                    UNROLL for (int o = 0; o < oc; o++)
-                        UNROLL for (int r = 0; r < rb; r++)
-                            UNROLL for (int c = 0; c < cb; c++)
-                                acc[o][r][c] = vlane(acc[o][r][c], v[r][c], o < 4 ? low : high, o < 4 ? o : o + 4 - oc);
-                    continue;
-                }
-#endif
                 UNROLL for (int o = 0; o < oc; o++) {
                     LV s = LN(set)(wi[o]);
                     UNROLL for (int r = 0; r < rb; r++)
@@ -134,6 +163,25 @@ INLINE void LN(conv_row)(int oc, const conv_args *g, const float *x, const float
 }
 
 /* Two rows of outputs and the 2×2 maximum of each pair of columns, ReLU where asked for. */
+#if IFT_BY_LANE /* row by row: four columns of one need fewer loads than two of two */
+INLINE void LN(conv_pool_tile)(int oc, int cb, const conv_args *g, const float *x, const float *w, const float *bias,
+                               float *y) {
+    LV high[LANE_OUT][2][4], low[LANE_OUT][2][4];
+    LN(conv_tile)(oc, 1, cb, g, x, w, 0, g->kh, bias, high);
+    LN(conv_tile)(oc, 1, cb, g, x + g->x_pitch * LW, w, 0, g->kh, bias, low);
+    UNROLL for (int o = 0; o < oc; o++)
+        UNROLL for (int c = 0; c < cb; c += 2) {
+            LV m = LN(max)(LN(max)(high[o][0][c], high[o][0][c + 1]), LN(max)(low[o][0][c], low[o][0][c + 1]));
+            if (g->relu) m = LN(max)(LN(set)(0), m);
+            LN(store)(y + (o * g->y_plane + c / 2) * LW, m);
+        }
+}
+INLINE void LN(conv_pool_row)(int oc, const conv_args *g, const float *x, const float *w, const float *bias, float *y) {
+    int c = 0;
+    for (; c + 2 <= g->ow; c += 2) LN(conv_pool_tile)(oc, 4, g, x + 2 * c * LW, w, bias, y + c * LW);
+    if (c < g->ow) LN(conv_pool_tile)(oc, 2, g, x + 2 * c * LW, w, bias, y + c * LW);
+}
+#else
 INLINE void LN(conv_pool_row)(int oc, const conv_args *g, const float *x, const float *w, const float *bias, float *y) {
     for (int c = 0; c < g->ow; c++) {
         LV acc[LANE_OUT][2][4];
@@ -145,6 +193,7 @@ INLINE void LN(conv_pool_row)(int oc, const conv_args *g, const float *x, const 
         }
     }
 }
+#endif
 
 /* Convolution, stride 1. w is packed (conv_pack). Rows of x above the first and below the last count as zeros
  * (g->clip of them); columns must really be there. With g->pool2: outputs are pooled 2×2, and clip is 0. */
@@ -166,6 +215,8 @@ static void LN(conv)(const conv_args *g, const float *x, const float *w, const f
 #if LANE_TILE == 6
                 CHANNELS(6)
                 CHANNELS(5)
+#endif
+#if LANE_TILE >= 4
                 CHANNELS(4)
 #endif
                 CHANNELS(3)

@@ -6,6 +6,8 @@
 
 #include "vec.h"
 
+ALL_REGISTERS
+
 enum gemm_start { FROM_ZERO, FROM_C, FROM_BIAS };
 
 #if IFT_MANY_REGISTERS
@@ -33,17 +35,28 @@ INLINE void gemm_tile(int m, int v, const gemm_args *g, const float *a, const fl
     }
     ptrdiff_t k = 0;
 #if IFT_BY_LANE
-    if (g->ak == 1)
-        for (; k + 4 <= g->K; k += 4) {
+    if (g->ak == 1) {
+        const int deep = m * v + 2 * v + m <= 29 ? 2 : 1; /* rows of b at a time */
+        const float *ap = a, *bp[2] = {b, b + g->ldb};
+        k = g->K / 4 * 4;
+        for (ptrdiff_t left = g->K / 4; left;) {
             vf s[GEMM_M];
-            UNROLL for (int i = 0; i < m; i++) s[i] = vload(a + i * g->ai + k);
-            UNROLL for (int t = 0; t < 4; t++) {
-                vf row[GEMM_V];
-                UNROLL for (int j = 0; j < v; j++) row[j] = vload(b + (k + t) * g->ldb + j * IFT_VL);
-                UNROLL for (int i = 0; i < m; i++)
-                    UNROLL for (int j = 0; j < v; j++) acc[i][j] = vlane(acc[i][j], row[j], s[i], t);
+            UNROLL for (int i = 0; i < m; i++) s[i] = vload(ap + i * g->ai);
+            UNROLL for (int i = m; i < 4; i++) s[i] = s[0];
+            ap += 4, left--;
+            UNROLL for (int t = 0; t < 4; t += deep) {
+                vf row[2 * GEMM_V];
+                UNROLL for (int d = 0; d < deep; d++) {
+                    UNROLL for (int j = 0; j < v; j++) row[d * v + j] = vload(bp[d] + j * IFT_VL);
+                    bp[d] += deep * g->ldb;
+                }
+                LOADED(s[0], s[1], s[2], s[3], bp[0], bp[1], left, s, m, row, deep * v);
+                UNROLL for (int d = 0; d < deep; d++)
+                    UNROLL for (int i = 0; i < m; i++)
+                        UNROLL for (int j = 0; j < v; j++) acc[i][j] = vlane(acc[i][j], row[d * v + j], s[i], t + d);
             }
         }
+    }
 #endif
     for (; k < g->K; k++) {
         vf row[GEMM_V];
@@ -172,17 +185,30 @@ INLINE void dot_tile(int ns, const float *const *x, ptrdiff_t shift, const float
     if (add) UNROLL for (int s = 0; s < ns; s++) UNROLL for (int r = 0; r < 4; r++) acc[s][r] = vfirst(h[r * ldh + s]);
     const float *p[4];
     UNROLL for (int s = 0; s < ns; s++) p[s] = x[s] + shift;
+#if IFT_BY_LANE
+    const float *const ap[4] = {a, a + lda, a + 2 * lda, a + 3 * lda};
+    ptrdiff_t i = 0, j = 4; /* two indices for eight rows; one would take a sum for every other load */
+    for (int left = n / 8; left;) {
+        vf ar[8], v[8];
+        UNROLL for (int r = 0; r < 4; r++) ar[2 * r] = vload(ap[r] + i), ar[2 * r + 1] = vload(ap[r] + j);
+        UNROLL for (int s = 0; s < ns; s++) v[2 * s] = vload(p[s] + i), v[2 * s + 1] = vload(p[s] + j);
+        UNROLL for (int s = 2 * ns; s < 8; s += 2) v[s] = v[0];
+        i += 8, j += 8, left--;
+        LOADED(v[0], v[2], v[4], v[6], i, j, left, ar, 8, v, 2 * ns);
+        UNROLL for (int d = 0; d < 2; d++)
+            UNROLL for (int s = 0; s < ns; s++)
+                UNROLL for (int r = 0; r < 4; r++) acc[s][r] += v[2 * s + d] * ar[2 * r + d];
+    }
+#else
     for (int i = 0; i < n; i += IFT_VL) {
         vf ar[4];
         UNROLL for (int r = 0; r < 4; r++) ar[r] = vload(a + r * lda + i);
         vf v[4];
         UNROLL for (int s = 0; s < ns; s++) v[s] = vload(p[s] + i);
-#if IFT_BY_LANE /* in order, loads between products would stop them */
-        IN_PLACE(ar[0], ar[3], v[0], v[ns - 1]);
-#endif
         UNROLL for (int s = 0; s < ns; s++)
             UNROLL for (int r = 0; r < 4; r++) acc[s][r] += v[s] * ar[r];
     }
+#endif
     reduce_tile(ns, acc, h, ldh);
 }
 
@@ -203,17 +229,23 @@ INLINE void outer_tile(int v, int S, const float *g, ptrdiff_t ldg, const float 
     UNROLL for (int r = 0; r < 4; r++) UNROLL for (int j = 0; j < v; j++) acc[r][j] = vload(a + r * lda + j * IFT_VL);
     int s = 0;
 #if IFT_BY_LANE
-    for (; s + 4 <= S; s += 4) {
+    const float *gp = g;
+    for (int left = S / 4; left;) {
         vf w[4];
-        UNROLL for (int r = 0; r < 4; r++) w[r] = vload(g + r * ldg + s);
-        UNROLL for (int t = 0; t < 4; t++) {
-            const float *p = x[s + t] + shift;
-            vf row[OUTER_V];
-            UNROLL for (int j = 0; j < v; j++) row[j] = vload(p + j * IFT_VL);
-            if (next) UNROLL for (int j = 0; j < v * IFT_VL; j += IFT_PAD) __builtin_prefetch(next[s + t] + shift + j, 0, 2);
-            IN_PLACE(row[0], row[v - 1], w[0], w[3]);
-            UNROLL for (int r = 0; r < 4; r++)
-                UNROLL for (int j = 0; j < v; j++) acc[r][j] = vlane(acc[r][j], row[j], w[r], t);
+        UNROLL for (int r = 0; r < 4; r++) w[r] = vload(gp + r * ldg);
+        const float *p[4];
+        UNROLL for (int t = 0; t < 4; t++) p[t] = x[s + t] + shift;
+        if (next) UNROLL for (int t = 0; t < 4; t++)
+            UNROLL for (int j = 0; j < v * IFT_VL; j += IFT_PAD) __builtin_prefetch(next[s + t] + shift + j, 0, 2);
+        gp += 4, s += 4, left--;
+        UNROLL for (int t = 0; t < 4; t += 2) {
+            vf row[2 * OUTER_V];
+            UNROLL for (int d = 0; d < 2; d++)
+                UNROLL for (int j = 0; j < v; j++) row[d * v + j] = vload(p[t + d] + j * IFT_VL);
+            LOADED(w[0], w[1], w[2], w[3], p[2], p[3], left, w, 4, row, 2 * v);
+            UNROLL for (int d = 0; d < 2; d++)
+                UNROLL for (int r = 0; r < 4; r++)
+                    UNROLL for (int j = 0; j < v; j++) acc[r][j] = vlane(acc[r][j], row[d * v + j], w[r], t + d);
         }
     }
 #endif

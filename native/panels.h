@@ -6,6 +6,8 @@
 #include "instantft.h"
 #include "vec.h"
 
+ALL_REGISTERS
+
 #define GLUE2(a, b) a##b
 #define GLUE(a, b) GLUE2(a, b)
 
@@ -15,7 +17,7 @@
 #define LANE_GW 2
 #endif
 #ifndef LANE_TILE /* weights that were packed beforehand bring theirs */
-#define LANE_TILE (IFT_MANY_REGISTERS ? 6 : 3)
+#define LANE_TILE (IFT_BY_LANE ? 4 : IFT_MANY_REGISTERS ? 6 : 3)
 #endif
 #define LANE_COLUMNS 4
 

@@ -59,6 +59,13 @@ typedef int32_t i4 __attribute__((vector_size(16)));
 #define IFT_BY_LANE 0
 #endif
 
+/* Functions that follow need all the registers: GCC 12 would copy them about. */
+#if IFT_BY_LANE && !defined(__clang__)
+#define ALL_REGISTERS _Pragma("GCC optimize(\"rename-registers\", \"no-schedule-insns\")")
+#else
+#define ALL_REGISTERS
+#endif
+
 #if defined(__clang__)
 #define SHUFFLE(mask, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -159,8 +166,13 @@ INLINE void vbytes(const uint8x16_t b[2], float32x4_t v[8]) {
         v[2 * k + 1] = vcvtq_f32_u32(vmovl_high_u16(wide[k]));
     }
 }
-/* Four values that must be in registers here: a processor that runs in order stops where loads lie between products. */
-#define IN_PLACE(a, b, c, d) __asm__("" : "+w"(a), "+w"(b), "+w"(c), "+w"(d))
+/* Here w to z, of which every product that follows needs one, the first na of a and nb of b (8 at most) must be in registers,
+ * and p, q and n have their next values: a processor that runs in order stops where loads and sums lie between products. */
+#define LOADED(w, x, y, z, p, q, n, a, na, b, nb)                                                                        \
+    __asm__("" : "+w"(w), "+w"(x), "+w"(y), "+w"(z), "+r"(p), "+r"(q), "+r"(n) : OF_EIGHT(a, na), OF_EIGHT(b, nb))
+#define OF_EIGHT(a, n)                                                                                                   \
+    "w"(a[0]), "w"(a[1 < (n) ? 1 : 0]), "w"(a[2 < (n) ? 2 : 0]), "w"(a[3 < (n) ? 3 : 0]), "w"(a[4 < (n) ? 4 : 0]),       \
+        "w"(a[5 < (n) ? 5 : 0]), "w"(a[6 < (n) ? 6 : 0]), "w"(a[7 < (n) ? 7 : 0])
 /* acc + v·w[lane]; lane is a constant at every call */
 INLINE vf vlane(vf acc, vf v, vf w, int lane) {
     switch (lane) {

@@ -44,8 +44,8 @@ METHODS = ("skip2-lora", "skip-ridge")
 MAX_SAMPLES = 4096
 """Orders of more samples would be drawn from 64-bit keys."""
 
-LANE_TILE = 6
-"""Channels of a packed tile of convolution weights: native/panels.h, for targets with 32 registers."""
+LANE_TILE = {1: 6, 4: 4}
+"""Channels of a packed tile of convolution weights, by lanes: native/panels.h, for targets with 32 registers."""
 
 ROWS8 = 8
 """Rows of an 8-bit weight matrix that are decoded at a time: native/embedded/src/instantft_device.c."""
@@ -519,13 +519,13 @@ def _codes(W: Floats) -> tuple[NDArray[np.int8], Floats]:
     return INT8.codes(n).view(np.int8), scale
 
 
-def _packed(W: NDArray[Any]) -> NDArray[Any]:
-    """Weights (out, in, kh, kw) regrouped as `conv_pack` of native/panels.h does."""
+def _packed(W: NDArray[Any], tile: int) -> NDArray[Any]:
+    """Weights (out, in, kh, kw) regrouped as `conv_pack` of native/panels.h does, `tile` channels together."""
     flat = W.reshape(len(W), -1)
     parts, done = [], 0
     while done < len(W):
         left = len(W) - done
-        tiles = -(-left // LANE_TILE)
+        tiles = -(-left // tile)
         n = -(-left // tiles)
         parts.append(flat[done : done + n].T.ravel())
         done += n
@@ -609,7 +609,7 @@ def _config(base: Network, adapter: Adapter | None, s: _Setting, seed: int, layo
 
 #define IFT_VL {s.lanes}
 #define IFT_CORE device
-#define LANE_TILE {LANE_TILE}
+#define LANE_TILE {LANE_TILE[s.lanes]}
 
 /* Codes, and with one lane every sum, must be the same on all machines: no fused multiply-adds. */
 #if IFT_VL == 1
@@ -663,12 +663,12 @@ def _model(base: Network, adapter: Adapter | None, s: _Setting, seed: int) -> st
     for (W, b), layer in zip(_folded(base), s.spec.layers, strict=True):
         if s.weights == "int8":
             q, scale = _codes(W)
-            codes.append((_padded(q) if layer.kind == "fc" else _packed(q)).ravel())
+            codes.append((_padded(q) if layer.kind == "fc" else _packed(q, LANE_TILE[s.lanes])).ravel())
             scales.append(_padded(scale))
         elif layer.kind == "fc":
             frozen.append(_padded(W).ravel())
         else:
-            flat = _packed(W)
+            flat = _packed(W, LANE_TILE[s.lanes])
             packed.append(_padded(flat))
         frozen.append(_padded(b))
     m = row(s.method)
