@@ -425,40 +425,45 @@ static void decode_blocks(const ift_codec *c, const uint8_t *codes, const float 
 }
 #else
 #if IFT_BY_LANE
-/* 32 codes of 4 bits at a time: a table of bytes for each of a level's four, then bytes to floats by zips. What is written
- * past the end of the run is put right as below. */
-INLINE int decode_many(const ift_run *u, const uint8_t *codes, const float *levels, float scale, float *out, int room) {
-    const uint8x16x4_t table = vld4q_u8((const uint8_t *)(levels ? levels : nf4_levels));
-    const uint8_t *p = codes + (u->code >> 1);
-    const int odd = u->code & 1;
-    const float32x4_t s = vdupq_n_f32(scale);
-    int i = 0;
-    for (; i < u->n && i + 32 <= room; i += 32, p += 16) {
-        const uint8x16_t two = vld1q_u8(p), next = vld1q_u8(p + odd), high = vshrq_n_u8(two, 4);
-        const uint8x16_t low = vandq_u8(next, vdupq_n_u8(15)), first = odd ? high : low, second = odd ? low : high;
-        const uint8x16_t code[2] = {vzip1q_u8(first, second), vzip2q_u8(first, second)};
-        float32x4_t v[8];
-        if (levels) {
-            uint8x16_t byte[4][2];
-            uint16x8_t half[4][2];
-            UNROLL for (int j = 0; j < 4; j++)
-                UNROLL for (int k = 0; k < 2; k++) byte[j][k] = vqtbl1q_u8(table.val[j], code[k]);
-            UNROLL for (int j = 0; j < 2; j++)
-                UNROLL for (int k = 0; k < 2; k++) {
-                    half[2 * k][j] = vreinterpretq_u16_u8(vzip1q_u8(byte[2 * j][k], byte[2 * j + 1][k]));
-                    half[2 * k + 1][j] = vreinterpretq_u16_u8(vzip2q_u8(byte[2 * j][k], byte[2 * j + 1][k]));
-                }
-            UNROLL for (int k = 0; k < 4; k++) {
-                v[2 * k] = vreinterpretq_f32_u16(vzip1q_u16(half[k][0], half[k][1]));
-                v[2 * k + 1] = vreinterpretq_f32_u16(vzip2q_u16(half[k][0], half[k][1]));
-            }
-        } else {
-            vbytes(code, v);
-        }
-        UNROLL for (int j = 0; j < 8; j++) v[j] = vmulq_f32(v[j], s);
-        UNROLL for (int j = 0; j < 8; j++) vst1q_f32(out + i + 4 * j, v[j]);
+/* 32 codes of 4 bits. */
+INLINE void unpack(const uint8_t *p, int odd, uint8x16_t code[2]) {
+    const uint8x16_t high = vshrq_n_u8(vld1q_u8(p), 4), low = vandq_u8(vld1q_u8(p + odd), vdupq_n_u8(15));
+    const uint8x16_t first = odd ? high : low, second = odd ? low : high;
+    code[0] = vzip1q_u8(first, second), code[1] = vzip2q_u8(first, second);
+}
+/* 32 codes at a time: from a table for each of a value's four bytes, put together as they are stored. The codes of the next
+ * turn are unpacked meanwhile. */
+INLINE void look_up(uint8x16x4_t table, const uint8_t *p, int odd, int turns, float *out) {
+    uint8x16_t code[2];
+    unpack(p, odd, code);
+    for (uint8_t *to = (uint8_t *)out; turns; to += 128) {
+        uint8x16x4_t v[2];
+        UNROLL for (int k = 0; k < 2; k++) UNROLL for (int j = 0; j < 4; j++) v[k].val[j] = vqtbl1q_u8(table.val[j], code[k]);
+        turns--;
+        if (turns) p += 16;
+        unpack(p, odd, code);
+        vst4q_u8(to, v[0]);
+        vst4q_u8(to + 64, v[1]);
     }
-    return i;
+}
+/* The 16 values of a run, level times scale, byte by byte. */
+INLINE uint8x16x4_t value_bytes(const float *levels, float scale) {
+    uint8x16_t v[4], even[2], odd[2];
+    UNROLL for (int k = 0; k < 4; k++) v[k] = vreinterpretq_u8_f32(vmulq_n_f32(vld1q_f32(levels + 4 * k), scale));
+    UNROLL for (int k = 0; k < 2; k++) even[k] = vuzp1q_u8(v[2 * k], v[2 * k + 1]), odd[k] = vuzp2q_u8(v[2 * k], v[2 * k + 1]);
+    return (uint8x16x4_t){{vuzp1q_u8(even[0], even[1]), vuzp1q_u8(odd[0], odd[1]), vuzp2q_u8(even[0], even[1]),
+                           vuzp2q_u8(odd[0], odd[1])}};
+}
+static const float steps[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+/* Blocks of 32. What is written past the end of the run is put right as below. */
+INLINE int decode_many(const ift_run *u, const uint8_t *codes, const float *levels, float scale, float *out, int room) {
+    const int all = (u->n + 31) / 32, turns = all <= room / 32 ? all : room / 32;
+    if (turns <= 0) return 0;
+    const uint8x16x4_t table = value_bytes(levels ? levels : steps, scale);
+    codes += u->code >> 1;
+    if (u->code & 1) look_up(table, codes, 1, turns, out);
+    else look_up(table, codes, 0, turns, out);
+    return 32 * turns;
 }
 #endif
 
