@@ -182,7 +182,7 @@ CASES = {
         16, 2, "q24", "u8", 0.5, (2, 2, 1),
     ),
     "two pixels, two windows": Case(NetSpec((2, 9, 8), MIXED), 16, 4, "q18", "q", 0.5, (4, 3)),
-    "one sample, vectors": Case(dnn(13, 7, 5), 16, 1, "q24", "q", 1.0, (1, 1, 1)),
+    "one sample, vectors, 16 values": Case(dnn(13, 6, 5), 16, 1, "q24", "q", 1.0, (1, 1, 1)),
     "windows of nine, two banks of entries": Case(
         NetSpec((1, 5, 7), (_conv(6, (3, 3), (1, 1), 3), _fc(40), _fc(2))), 80, 4, "q24", "u8", 2.0, (20, 17)
     ),
