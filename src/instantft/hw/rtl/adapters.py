@@ -222,8 +222,8 @@ class Adapters(wiring.Component):
             array.update.eq(down),
             array.x.eq(self.values),
             array.a.eq(A.values_0),
+            array.u.eq(small.u),
         ]
-        m.d.comb += [array.b[i].eq(Mux(down, small.u[i % rank], A.values_0[i])) for i in range(build.lanes * rank)]
         summed = later(m, last, latency + ARRAY_LATENCY)
         m.d.comb += [
             array.capture.eq(summed & ~down),

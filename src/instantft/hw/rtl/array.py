@@ -43,10 +43,11 @@ class AdaptersPort(wiring.Signature):
     Attributes:
         valid: there are operands; without, every sum stays.
         start: with valid: the sums start here, with this product.
-        update: with start: from `(a << (F+8)) + 2^(F+7)` instead of from 0.
+        update: the other operand of the multipliers of rank r is `u[r]`, not their parameter, and sums start from
+            `(a << (F+8)) + 2^(F+7)` instead of from 0.
         x: (N,) activations.
-        b: (N·R,) the other operand of each multiplier (lane n, rank r at n·R + r), 18 bits.
-        a: (N·R,) parameters, START_DELAY cycles after their start.
+        a: (N·R,) parameters (lane n, rank r at n·R + r); with update, START_DELAY cycles after their start.
+        u: (R,) the operands of an update, 18 bits.
         capture: the hold chain takes all sums (those in `p` now).
         shift: the hold chain moves on one place.
     """
@@ -58,8 +59,8 @@ class AdaptersPort(wiring.Signature):
                 "start": Out(1),
                 "update": Out(1),
                 "x": Out(values(build.formats.width, build.lanes)),
-                "b": Out(values(SCALED_WIDTH, build.lanes * build.rank)),
                 "a": Out(values(PARAMETER_WIDTH, build.lanes * build.rank)),
+                "u": Out(values(SCALED_WIDTH, build.rank)),
                 "capture": Out(1),
                 "shift": Out(1),
             }
@@ -126,6 +127,11 @@ class LaneArray(wiring.Component):
             update.eq(one.update & ~select | update << 1),
         ]
 
+        # What many multipliers share is chosen before it goes out to them.
+        shared = [Signal(signed(SCALED_WIDTH), name=f"shared_{c}") for c in range(CHANNELS)]
+        m.d.comb += [s.eq(Mux(select, two.w[c], one.u[c % rank])) for c, s in enumerate(shared)]
+        use_shared = select | one.update
+
         # One operand register for the R multipliers of a lane, or two where a lane has both halves of the channels.
         x: dict[tuple[int, int], Signal] = {}
         for i in range(count):
@@ -133,11 +139,11 @@ class LaneArray(wiring.Component):
             if (lane, half) not in x:
                 x[lane, half] = Signal.like(one.x[lane], name=f"x_{lane}_{half}", reset_less=True)
                 m.d.sync += x[lane, half].eq(Mux(select, two.x[2 * sample + half], one.x[lane]))
-            b = Signal.like(one.b[i], name=f"b_{i}", reset_less=True)
+            b = Signal(signed(SCALED_WIDTH), name=f"b_{i}", reset_less=True)
             product = Signal.like(x[lane, half] * b, name=f"product_{i}", reset_less=True)
             total = Signal.like(self.p[i], name=f"sum_{i}", reset_less=True)
             origin = Mux(start[1], Mux(update[1], (one.a[i] << shift) | Const(1 << (shift - 1)), 0), total)
-            m.d.sync += [b.eq(Mux(select, two.w[i % CHANNELS], one.b[i])), product.eq(x[lane, half] * b)]
+            m.d.sync += [b.eq(Mux(use_shared, shared[i % CHANNELS], one.a[i])), product.eq(x[lane, half] * b)]
             with m.If(valid[1]):
                 m.d.sync += total.eq(product + origin)
             m.d.comb += self.p[i].eq(total)
