@@ -18,6 +18,7 @@ from instantft.backbones.builtin import Network
 from instantft.data import load_samples
 from instantft.engine import Engine, get_engine
 from instantft.errors import UsageError
+from instantft.watch.detectors import Seen
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -66,6 +67,7 @@ def test_the_whole_story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [c[0] for c in commands] == ["evaluate", "finetune", "inspect"]
     assert [cli.run(c) for c in commands] == [0, 0, 0]
     base = Network.load(got["base"])
+    assert Seen.read(base.seen, base.spec.tap_widths) is not None  # so that a watcher sees the drift from the start
     Adapter.load(got["adapter"], base)
     for name, T in (("pretrain", 60), ("finetune", 40), ("test", 1697)):
         assert len(load_samples(tmp_path / "demo" / f"{name}.npz", base.spec).x) == T

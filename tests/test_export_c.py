@@ -247,6 +247,13 @@ def test_what_must_fit_fits(tmp_path: Path) -> None:
     assert constants(tmp_path / "f")["INSTANTFT_ARENA"] + STACK["skip2-lora"] == sum(fan.ram.values()) <= 64 << 10
 
 
+@pytest.mark.parametrize(("samples", "batch", "epochs"), [(60, 20, 167), (192, 20, 50), (1024, 20, 10), (3000, 20, 10)])
+def test_epochs_nobody_asked_for_make_500_steps(tmp_path: Path, samples: int, batch: int, epochs: int) -> None:
+    """30 steps, 10 epochs of 60 samples, would leave the network worse than it was."""
+    export_c(network(dnn(12, 3, hidden=8)), None, tmp_path / "c", samples=samples, batch_size=batch)
+    assert constants(tmp_path / "c")["INSTANTFT_EPOCHS"] == epochs
+
+
 def test_limits(tmp_path: Path) -> None:
     base, out = network(dnn(256, 3)), tmp_path / "c"
     takes = export_c(base, None, out, samples=10, method="skip-ridge", ram=1 << 16)
@@ -257,7 +264,7 @@ def test_limits(tmp_path: Path) -> None:
     before = (out / "README.md").read_bytes()
     with pytest.raises(UsageError, match=rf"^RAM must hold .* but --ram is 65,536: at most {largest} samples fit$"):
         export_c(base, None, out, samples=largest + 1, method="skip-ridge", ram=1 << 16)
-    with pytest.raises(UsageError, match=r"^RAM must hold .*: not even one sample fits$"):
+    with pytest.raises(UsageError, match=r"^RAM must hold .*: not even one sample fits: take a smaller --rank, .*$"):
         export_c(base, None, out, samples=1, ram=1 << 10)
     flash = sum(takes.flash.values())
     with pytest.raises(UsageError, match=r"^flash must hold .*: --weights int8 is smaller$"):

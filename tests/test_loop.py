@@ -105,6 +105,7 @@ def test_labels_come_late_in_any_order_or_not_at_all(tmp_path: Path) -> None:
     labels = [Label(f"n{i}", int(y[i])) for i in np.random.default_rng(0).permutation(300)[:200]]
     events = run(loop, [*labels, Label("n-none", 1), labels[0], Command("adapt", {})])
     assert loop.skipped == {"unknown id": 2}
+    assert "not of 'n-none'" in named(events, "skipped")[0]["why"]
     assert len(journal.replay) == 200
     assert loop.summary()["pending"] == 100
     assert loop.counts["labels"] == 200

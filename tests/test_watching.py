@@ -133,6 +133,15 @@ def test_from_samples_to_history(watcher: Watcher, tmp_path: Path, capsys: pytes
     assert not any(Path(state, "samples.bin").read_bytes()[4096:])
 
 
+def test_a_base_that_knows_no_world_is_named(base_file: Path, tmp_path: Path) -> None:
+    x, y = world(0, 40)
+    np.savez(tmp_path / "before.npz", x=x, y=y)
+    for more, warned in (((), True), (("--reference", tmp_path / "before.npz"), False)):
+        found = Watcher(base_file, tmp_path / str(warned), *more)
+        _, said = found.process.communicate(b'{"id": "nobody", "label": 1}\n', timeout=60)
+        assert (b"give --reference" in said) == warned
+
+
 def test_commands_reach_a_watcher_that_runs(
     watcher: Watcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,8 +188,10 @@ def test_a_folder_and_csv(base_file: Path, tmp_path: Path) -> None:
     found = Watcher(base_file, tmp_path / "a", "--from", drop)
     while found.until("prediction")["id"] != "a.npz:39":
         pass
-    found.process.send_signal(signal.SIGTERM)
+    found.process.send_signal(signal.SIGINT)  # Ctrl-C, the way to end it by hand
     assert found.close() == 0
+    assert found.events[-1]["event"] == "status"
+    assert found.events[-1]["kept"] == 40
     assert (drop / "read" / "a.npz").exists()
 
     found = Watcher(base_file, tmp_path / "b", "--format", "csv", "--no-predictions")

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from statistics import median
@@ -34,6 +34,7 @@ from .solvers import sgd
 from .spec import lenet5
 from .table import format_table
 from .tuner import FineTuner
+from .watch.detectors import Seen
 
 __all__ = ["Row", "make_digits", "picture", "run_demo"]
 
@@ -177,6 +178,10 @@ def run_demo(
     )
 
     base_path, adapter_path = out / "base.safetensors", out / "adapter"
+    x_test, _ = as_samples(images[test], spec)
+    base = replace(
+        base, seen=Seen.by(base.bind(engine), base, x, x_test, labels[test].astype(np.int32)).text()
+    )  # for `watch`
     base.save(base_path)
     adapter.save(adapter_path)
     for name, part, source in (
@@ -230,8 +235,10 @@ def _contest(
     stage: Stage,
 ) -> tuple[list[Row], Any]:
     """Every contestant in turns, three rounds of them where the engine is fast; the median of its times counts."""
+    steps: dict[str, dict[str, Any]] = {"sgd": {"epochs": EPOCHS, "lr": LR}, "ridge": {}}
     tuners = [
-        FineTuner(base, m, cache=c or "none", epochs=EPOCHS, lr=LR, seed=seed, engine=engine) for m, c in CONTESTANTS
+        FineTuner(base, m, cache=c or "none", seed=seed, engine=engine, **steps[METHODS[m].solver])
+        for m, c in CONTESTANTS
     ]
     times: list[list[float]] = [[] for _ in tuners]
     turns = [(i, tuner) for _ in range(3 if engine.name == "native" else 1) for i, tuner in enumerate(tuners)]

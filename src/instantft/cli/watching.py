@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,7 +167,13 @@ def watch(
                 allow_missing=allow_missing,
                 meter=power.meter,
             )
-            with _stopped_by(signal.SIGTERM, over):
+            if not loop.sees_the_start:
+                warnings.warn(
+                    f"{base} does not say what its training data looked like, so that a drift which was there from the "
+                    "first sample is not seen: give --reference, or ask for an adaptation",
+                    stacklevel=2,
+                )
+            with _stopped_by(signal.SIGTERM, over), _stopped_by(signal.SIGINT, over):
                 start()
                 _run(loop, journal, page, broker, messages, over, predictions, status)
                 loop.keep()
@@ -304,11 +311,16 @@ def _run(
 
 @contextlib.contextmanager
 def _stopped_by(number: signal.Signals, over: threading.Event) -> Any:
-    """A signal ends the loop in an orderly way."""
+    """A signal ends the loop in an orderly way; a second one, as it ever did."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(number, lambda *_: over.set())
+
+    def stop(*_: object) -> None:
+        over.set()
+        signal.signal(number, before)
+
+    before = signal.signal(number, stop)
     try:
         yield
     finally:

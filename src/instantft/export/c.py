@@ -44,6 +44,9 @@ METHODS = ("skip2-lora", "skip-ridge")
 MAX_SAMPLES = 4096
 """Orders of more samples would be drawn from 64-bit keys."""
 
+STEPS, LEAST = 500, 10
+"""Of SGD where nobody says how many epochs: steps, and epochs at least; 1,024 samples get the papers' 10 epochs."""
+
 LANE_TILE = {1: 6, 4: 4}
 """Channels of a packed tile of convolution weights, by lanes: native/panels.h, for targets with 32 registers."""
 
@@ -160,7 +163,7 @@ def export_c(
     inputs: str = "float32",
     rank: int = 4,
     batch_size: int = 20,
-    epochs: int = 10,
+    epochs: int | None = None,
     lr: float | None = None,
     momentum: float = 0.0,
     seed: int = 0,
@@ -181,6 +184,7 @@ def export_c(
         weights: of the frozen network: fp32, or int8 with a scale an output.
         inputs: what the device hands over: float32, kept in 8 bits a value, or uint8, kept as it is.
         rank, batch_size, epochs, lr, momentum, seed: of SGD, as in `solvers.sgd.fit`, whose steps the device repeats.
+            epochs None: as many as STEPS steps take, but at least LEAST.
             lr None: what `solvers.step.default_lr` says of `data`; without them 0.1, as in the papers.
         lanes: floats of a vector: 1, or 4 for NEON.
         flash, ram: limits in bytes; None: none.
@@ -194,6 +198,8 @@ def export_c(
         FileError: the folder cannot be written, or holds something else.
     """
     given = PAPERS_LR if lr is None else lr
+    if epochs is None:
+        epochs = max(LEAST, -(-STEPS // -(-max(samples, 1) // max(batch_size, 1))))
     s = _check(
         base, adapter, samples, method, cache, weights, inputs, rank, batch_size, epochs, given, momentum, seed, lanes
     )
@@ -338,7 +344,11 @@ def _fit(s: _Setting, exported: bool, flash: int | None, ram: int | None) -> tup
         if sum(parts.values()) > ram:
             raise UsageError(
                 f"RAM must hold {sum(parts.values()):,} bytes ({_parts(parts)}), but --ram is {ram:,}: "
-                + (f"at most {largest} samples fit" if largest else "not even one sample fits")
+                + (
+                    f"at most {largest} samples fit"
+                    if largest
+                    else "not even one sample fits: take a smaller --rank, --cache nf4, or another --method"
+                )
             )
     return Footprint(constants, parts, rows, largest), layout
 

@@ -242,6 +242,11 @@ class Loop:
     # -- what is asked of it ------------------------------------------------------------------------------------------
 
     @property
+    def sees_the_start(self) -> bool:
+        """Whether a drift that was there before the first sample can be seen: something tells of the world before."""
+        return self._known is not None or bool(self._journal.state.switches)
+
+    @property
     def busy(self) -> bool:
         """Whether an adaptation is going on."""
         return self._job is not None
@@ -299,6 +304,8 @@ class Loop:
             "busy": self.busy,
             "wanted": state.wanted,
             "waiting": self._waiting,
+            "fresh": self._fresh,
+            "needed": self._next,
             "seconds": self._clock() - self._began,
             "samples": self.counts["samples"],
             "labels": self.counts["labels"],
@@ -410,7 +417,8 @@ class Loop:
     def _take_label(self, message: Label) -> None:
         seen = self._pending.get(digest(message.name))
         if seen is None:
-            return self.skip("unknown id", "a label must be of a sample that still waits for one")
+            name = f"{message.name!r:.60}"
+            return self.skip("unknown id", f"a label must be of a sample that still waits for one, not of {name}")
         self._labelled(seen, message.label, message.trusted)
         self._done_waiting(seen.id)  # last, so that a crash in between loses nothing
         return None

@@ -101,7 +101,7 @@ class JsonLines:
         try:
             held = json.loads(line)
         except (ValueError, RecursionError) as e:
-            return Skipped("not JSON", f"a line must be JSON, but: {str(e)[:100]}")
+            return Skipped("not JSON", f"a line must be JSON, but: {str(e)[:80]}: {line[:40]!r}")
         if not isinstance(held, dict):
             return Skipped("not JSON", f"a line must be a JSON object, not {type(held).__name__}")
         try:

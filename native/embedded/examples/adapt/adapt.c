@@ -28,8 +28,8 @@ static int slot_write(void *user, int slot, uint32_t at, const void *from, uint3
 }
 
 enum {
-    TAUGHT = INSTANTFT_DATA < INSTANTFT_SAMPLES ? INSTANTFT_DATA : INSTANTFT_SAMPLES,
-    ASKED_FROM = TAUGHT < INSTANTFT_DATA ? TAUGHT : 0,
+    TAUGHT = (int)INSTANTFT_DATA < (int)INSTANTFT_SAMPLES ? (int)INSTANTFT_DATA : (int)INSTANTFT_SAMPLES,
+    ASKED_FROM = TAUGHT < (int)INSTANTFT_DATA ? TAUGHT : 0,
 };
 
 static void ask(instantft *t, const char *when) {
