@@ -348,9 +348,10 @@ def test_requests_are_for_whoever_holds_the_folder(tmp_path: Path) -> None:
         ask(tmp_path, {"command": "adapt"})
     journal = journal_in(tmp_path)
     assert journal.request() is None
-    assert ask(tmp_path, {"command": "rollback", "to": 0})
-    assert journal.request() == {"command": "rollback", "to": 0}
-    journal.answered()
+    name = ask(tmp_path, {"command": "rollback", "to": 0})
+    assert journal.request() == {"command": "rollback", "to": 0, "request": name}
+    journal.answered({"request": name, "done": True})
+    assert json.loads((tmp_path / "answer.json").read_bytes()) == {"request": name, "done": True}
     assert journal.request() is None
     (tmp_path / "request.json").write_bytes(b"\xff[")
     assert journal.request() is None

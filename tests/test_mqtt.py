@@ -175,7 +175,16 @@ def test_a_password_is_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["mqtt://host", "mqtt:///topic", "mqtt://host/a/+/b", "mqtt://host/#", "mqtt://host:x/t", "http://h/t", "mqtt://"],
+    [
+        "mqtt://host",
+        "mqtt:///topic",
+        "mqtt://host/a/+/b",
+        "mqtt://host/#",
+        "mqtt://host:x/t",
+        "http://h/t",
+        "mqtt://",
+        "mqtt://[::1/t",
+    ],
 )
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(UsageError, match="MQTT address must be"):

@@ -66,6 +66,9 @@ def test_the_token_is_for_the_owner_and_stays(tmp_path: Path) -> None:
     assert token_in(tmp_path / "token") == token
     assert token_in(tmp_path / "other") != token
     assert stat.S_IMODE((tmp_path / "token").stat().st_mode) == 0o600
+    (tmp_path / "empty").touch(0o600)  # of a crash while it was made
+    assert len(token_in(tmp_path / "empty")) >= 32
+    assert not [f for f in tmp_path.iterdir() if f.suffix == ".tmp"]
     (tmp_path / "short").write_text("abc")
     with pytest.raises(FileError, match="at least 16 characters"):
         token_in(tmp_path / "short")

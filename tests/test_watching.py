@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +143,34 @@ def test_a_base_that_knows_no_world_is_named(base_file: Path, tmp_path: Path) ->
         assert (b"give --reference" in said) == warned
 
 
+def test_a_folder_that_goes_away_is_an_error(base_file: Path, tmp_path: Path) -> None:
+    drop = tmp_path / "drop"
+    drop.mkdir()
+    x, y = world(0, 3)
+    np.savez(drop / "a.npz", x=x, y=y)
+    found = Watcher(base_file, tmp_path / "state", "--from", drop)
+    while found.until("prediction")["id"] != "a.npz:2":
+        pass
+    shutil.rmtree(drop)
+    assert found.close() == 2
+    assert found.events[-1]["event"] == "status"
+
+
+def test_who_has_ctrl_c_ignored_keeps_it_so(base_file: Path, tmp_path: Path) -> None:
+    """As a shell does for what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        found = Watcher(base_file, tmp_path / "state")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    found.send(lines(0, 1))
+    found.until("prediction")
+    found.process.send_signal(signal.SIGINT)
+    found.send(lines(0, 1, seed=2))
+    assert found.until("prediction")
+    assert found.close() == 0
+
+
 def test_commands_reach_a_watcher_that_runs(
     watcher: Watcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,8 +182,14 @@ def test_commands_reach_a_watcher_that_runs(
     watcher.until("rolled back")
     assert run(["rollback", str(state), "--to", "7"]) == 2
     assert "it did not" in capsys.readouterr().err
+    assert run(["forget", str(state), "--user", "nobody"]) == 0
+    assert run(["forget", str(state), "--user", ""]) == 0
+    assert len(np.flatnonzero([*(state / "samples.bin").read_bytes()[4096:]]))
+    capsys.readouterr()
     assert run(["forget", str(state), "--all"]) == 0
-    assert watcher.until("forgot")["samples"] == 100
+    assert "100 samples wiped" in capsys.readouterr().out
+    while watcher.until("forgot")["samples"] != 100:
+        pass
     assert not any((state / "samples.bin").read_bytes()[4096:])
     watcher.send(lines(0, 1, seed=4))
     assert watcher.until("prediction")["version"] == 0

@@ -37,7 +37,7 @@ from instantft.watch.loop import Command, Label
 from ..samples import adapter
 from ..test_watching import command, environment, lines
 from ..watched import at_once, journal_in, loop_on, named, run, samples, trained, world
-from .work import Seen, scratch, trials
+from .work import Seen, scratch, trials, unexpected
 
 __all__ = ["kills", "power_cuts", "refusals", "small_disks"]
 
@@ -287,7 +287,7 @@ def kill_program(rng: np.random.Generator, folder: Path) -> str:
     select.select([], [], [], rng.uniform(0, 0.3))
     watcher.kill()
     rest, err = watcher.communicate()
-    assert not err, err[-200:]
+    assert not unexpected(err), err[-200:]
     journal = journal_in(state, keep=300)
     notes, after = journal.notes, journal.state
     journal.close()

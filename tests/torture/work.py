@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Seen", "Trial", "scratch", "trials"]
+__all__ = ["Seen", "Trial", "scratch", "trials", "unexpected"]
 
 Trial = Callable[[int, Path], str]
 """What the i-th trial showed, in a word or two; the folder is the process's own. An exception is a failure."""
@@ -30,6 +30,15 @@ SCRATCH = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 SHOWN = 300
 """Characters of a failure."""
+
+
+def unexpected(err: bytes) -> list[bytes]:
+    """Lines of a watcher's stderr but for those it always has: where its page is, and that its base knows no world."""
+    return [
+        line
+        for line in err.splitlines()
+        if not line.startswith(b"page ") and not (line.startswith(b"warning: ") and b"give --reference" in line)
+    ]
 
 
 def scratch() -> Path:

@@ -48,7 +48,7 @@ def export_onnx(base: str, adapter: str | None, out: str, as_json: bool) -> None
 @click.option("--input", "inputs", metavar="float32|uint8", default="float32", show_default=True, help="Of a sample.")
 @click.option("--rank", default=4, show_default=True)
 @batch_option
-@click.option("--epochs", type=int, help="Of SGD. [default: 10, or as many as 500 steps take]")
+@click.option("--epochs", type=int, help="Of SGD. [default: as many as 500 steps of --samples take, at least 10]")
 @click.option("--lr", type=float, help="Learning rate. [default: from the samples of --data; without them 0.1]")
 @click.option("--momentum", default=0.0, show_default=True)
 @seed_option

@@ -56,7 +56,7 @@ LOOK = 1.0
 SHOW = 0.5
 """Seconds between two states that the page shows."""
 
-ANSWER = 30.0
+PATIENCE = 30.0
 """Seconds that a command waits for the watcher to do what it asks."""
 
 NICE = 10
@@ -140,11 +140,12 @@ def watch(
     over = threading.Event()
     put = _putter(messages, over)
     broker: Mqtt | None = None
+    failures: list[Exception] = []
     if source.partition("://")[0] in SCHEMES:
         broker = Mqtt(source, longest_line(network.spec), JsonLines(network.spec, means, stds), put)
         start = broker.start
     else:
-        start = _reader(source, form, network.spec, means, stds, put, over).start
+        start = _reader(source, form, network.spec, means, stds, put, over, failures).start
     journal = Journal(
         Path(folder), network, means, stds, keep=keep, pending=pending, versions=versions, max_bytes=max_bytes
     )
@@ -184,6 +185,8 @@ def watch(
         if page is not None:
             page.close()
         journal.close()
+    if failures:
+        raise FileError(f"what is watched must stay readable, but {failures[0]}")
 
 
 def _looked_at(
@@ -219,8 +222,9 @@ def _reader(
     stds: tuple[float, ...],
     put: Callable[[Message | None], None],
     over: threading.Event,
+    failures: list[Exception],
 ) -> threading.Thread:
-    """The thread that reads messages, until they end or it is over; then it says None."""
+    """The thread that reads messages, until they end, fail or it is over; then it says None."""
     from ..watch.sources import CsvLines, JsonLines, Lines, longest_line, read_folder
 
     def lines() -> Iterable[Message]:
@@ -247,6 +251,7 @@ def _reader(
                     return
         except (OSError, FileError) as e:
             put(Skipped("source", f"reading ends: {e}"))
+            failures.append(e)
         put(None)
 
     return threading.Thread(target=read, name="reader", daemon=True)
@@ -293,9 +298,10 @@ def _run(
             looked = now
             asked = journal.request()
             if asked is not None:
-                name = asked.pop("command", None)
-                tell(loop.feed([Command(name if isinstance(name, str) else "", asked)]))
-                journal.answered()
+                name, request = asked.pop("command", None), asked.pop("request", None)
+                events = loop.feed([Command(name if isinstance(name, str) else "", asked)])
+                tell(events)
+                journal.answered({"request": request, **_outcome(events)})
         if page is not None:
             batch += page.commands()
         tell(loop.feed(m for m in batch if m is not None))
@@ -309,18 +315,29 @@ def _run(
     status()
 
 
+def _outcome(events: Iterable[Event]) -> dict[str, Any]:
+    """What came of a command, for whoever waits for it."""
+    for event in events:
+        if event["event"] in ("asked", "rolled back", "forgot"):
+            return {"done": True, "samples": event.get("samples")}
+        if event["event"] in ("skipped", "error"):
+            return {"done": False, "why": event["why"]}
+    return {"done": False, "why": "see its events"}
+
+
 @contextlib.contextmanager
 def _stopped_by(number: signal.Signals, over: threading.Event) -> Any:
     """A signal ends the loop in an orderly way; a second one, as it ever did."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
+    before = signal.getsignal(number)
+    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
+        yield  # who has it ignored, as a shell does in the background, wants it so
         return
 
     def stop(*_: object) -> None:
         over.set()
         signal.signal(number, before)
 
-    before = signal.signal(number, stop)
+    signal.signal(number, stop)
     try:
         yield
     finally:
@@ -383,13 +400,12 @@ def rollback(folder: str, to: int | None, as_json: bool) -> None:
     before = _state_of(folder)
     to = before.behind if to is None else to  # so that asking twice is asking once
 
-    def alone(journal: Journal) -> None:
+    def alone(journal: Journal) -> int:
         journal.roll_back(time.time(), "somebody asked for it", to)
+        return 0
 
-    _do(folder, {"command": "rollback", "to": to}, alone)
+    _do(folder, "go back", {"command": "rollback", "to": to}, alone)
     after = _state_of(folder)
-    if after.sequence == before.sequence:
-        raise UsageError(f"the watcher must go back, but it did not: version {after.live} is in use, see its events")
     if as_json:
         return print_json({"from": before.live, "live": after.live})
     return click.echo(f"version {before.live} → {after.live}")
@@ -408,16 +424,15 @@ def forget(folder: str, name: str | None, user: str | None, everything: bool, as
     """
     if [name is not None, user is not None, everything].count(True) != 1:
         raise UsageError("forget must have one of --id, --user and --all")
-    request = {"command": "forget", "id": name, "user": user, "all": everything}
-    wiped: list[int] = []
+    whom = {"id": name} if name is not None else {"user": user} if user is not None else {"all": True}
 
-    def alone(journal: Journal) -> None:
-        wiped.append(sum(journal.forget(name, user)))
+    def alone(journal: Journal) -> int:
+        return sum(journal.forget(name, user))
 
-    _do(folder, {key: value for key, value in request.items() if value}, alone)
+    wiped = _do(folder, "wipe the samples", {"command": "forget", **whom}, alone)
     if as_json:
-        return print_json({"samples": wiped[0] if wiped else None})
-    return click.echo(f"{wiped[0]:,} samples wiped" if wiped else "the watcher has wiped them")
+        return print_json({"samples": wiped})
+    return click.echo(f"{wiped:,} samples wiped")
 
 
 def _state_of(folder: str) -> State:
@@ -426,20 +441,40 @@ def _state_of(folder: str) -> State:
     return read_state(Path(folder))
 
 
-def _do(folder: str, request: Mapping[str, Any], alone: Callable[[Journal], None]) -> None:
-    """Ask the watcher that runs on the folder to do something, and wait; where none runs, do it here."""
-    from ..watch.journal import REQUEST, Journal, ask
+def _do(folder: str, what: str, request: Mapping[str, Any], alone: Callable[[Journal], int]) -> int:
+    """Ask the watcher that runs on the folder to do something, and wait; where none runs, do it here.
 
-    if not ask(Path(folder), request):
+    Returns:
+        How many samples it was about.
+
+    Raises:
+        UsageError: the watcher says why not.
+        FileError: it says nothing.
+    """
+    from .. import files
+    from ..watch.journal import ANSWER, REQUEST, Journal, ask
+
+    name = ask(Path(folder), request)
+    if name is None:
         journal = Journal(Path(folder), None, pending=None)
         try:
-            alone(journal)
+            return alone(journal)
         finally:
             journal.close()
-        return
-    until = time.monotonic() + ANSWER
+    until = time.monotonic() + PATIENCE
     while Path(folder, REQUEST).exists():
         if time.monotonic() > until:
             Path(folder, REQUEST).unlink(missing_ok=True)
-            raise FileError(f"the watcher on {folder} must answer within {ANSWER:g} s, but it did not: is it stuck?")
+            raise FileError(f"the watcher on {folder} must answer within {PATIENCE:g} s, but it did not: is it stuck?")
         time.sleep(0.05)
+    path = Path(folder, ANSWER)
+    try:
+        answer = files.decode_json(files.read_small(path, "an answer"), "an answer", path)
+        path.unlink(missing_ok=True)
+    except (FileError, OSError):
+        answer = {}
+    if answer.get("request") != name:
+        raise FileError(f"the watcher on {folder} must {what}, but it ended before it said so: ask again")
+    if answer.get("done") is not True:
+        raise UsageError(f"the watcher must {what}, but it did not: {answer.get('why')}")
+    return int(answer.get("samples") or 0)

@@ -204,7 +204,7 @@ def export_c(
         base, adapter, samples, method, cache, weights, inputs, rank, batch_size, epochs, given, momentum, seed, lanes
     )
     if lr is None and data is not None and not s.ridge:
-        s = replace(s, lr=_safe_step(base, s, data, seed))
+        s = replace(s, lr=float(f"{_safe_step(base, s, data, seed):.3g}"))  # alike on every machine
     unused = [name for name, said in (("lr", lr is not None), ("momentum", momentum != 0)) if said]
     if s.ridge and unused:
         warnings.warn(f"{', '.join(unused)} mean nothing to {method}, which makes no steps", stacklevel=2)

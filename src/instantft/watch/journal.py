@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import time
 import zlib
@@ -47,7 +48,7 @@ FROZEN = 0
 
 JOURNALS = ("journal.json", "journal.bak")
 ADAPTERS, SAMPLES, WAITING, LOCK = "adapters", "samples.bin", "waiting.bin", "lock"
-REQUEST, TOKEN = "request.json", "token"
+REQUEST, ANSWER, TOKEN = "request.json", "answer.json", "token"
 
 PENDING = 4096
 """Samples that wait for their label at most."""
@@ -289,18 +290,20 @@ class Journal:
         return None if number == FROZEN else self._load(number)
 
     def request(self) -> dict[str, Any] | None:
-        """What a command asks for; `answered` says that it was done."""
+        """What a command asks for; `answered` says what came of it."""
         path = self.folder / REQUEST
         if not path.exists():
             return None
         try:
             return files.decode_json(files.read_small(path, "a request"), "a request", path)
         except FileError:
-            self.answered()
+            self.answered({})
             return None
 
-    def answered(self) -> None:
-        """Tell the command that waits."""
+    def answered(self, outcome: Mapping[str, Any]) -> None:
+        """Tell the command that waits: `done`, or `why` not, and which `request` it was."""
+        with contextlib.suppress(OSError, FileError):
+            files.write_whole(self.folder / ANSWER, json.dumps(dict(outcome)).encode(), "an answer")
         with contextlib.suppress(OSError):
             (self.folder / REQUEST).unlink(missing_ok=True)
 
@@ -425,7 +428,7 @@ class Journal:
                 ours = re.fullmatch(r"\d{6}|\.\d{6}\.[0-9a-f]{8}\.(new|old)", place.name)
                 if ours and place.name not in kept:
                     shutil.rmtree(place, ignore_errors=True)
-        names = "|".join(re.escape(name) for name in (*JOURNALS, SAMPLES, WAITING, REQUEST, TOKEN))
+        names = "|".join(re.escape(name) for name in (*JOURNALS, SAMPLES, WAITING, REQUEST, ANSWER, TOKEN))
         with contextlib.suppress(OSError):
             for path in self.folder.iterdir():
                 if re.fullmatch(rf"\.({names})\.[0-9a-f]{{8}}\.tmp", path.name):
@@ -444,11 +447,11 @@ def read_state(folder: Path) -> State:
     return max(found, key=lambda s: s.sequence)
 
 
-def ask(folder: Path, request: Mapping[str, Any]) -> bool:
+def ask(folder: Path, request: Mapping[str, Any]) -> str | None:
     """Leave a request for the watcher that holds the folder.
 
     Returns:
-        False if nobody works there, so that one may do it oneself.
+        What its answer names it by; None if nobody works there, so that one may do it oneself.
 
     Raises:
         FileError: there is no such folder, or it cannot be written.
@@ -457,9 +460,10 @@ def ask(folder: Path, request: Mapping[str, Any]) -> bool:
     try:
         os.close(_lock(folder))
     except FileError:
-        files.write_whole(folder / REQUEST, json.dumps(dict(request)).encode(), "a request")
-        return True
-    return False
+        name = secrets.token_hex(8)
+        files.write_whole(folder / REQUEST, json.dumps({**request, "request": name}).encode(), "a request")
+        return name
+    return None
 
 
 def _lock(folder: Path) -> int:

@@ -70,7 +70,7 @@ SHOWN = 10
 SYNC = 5.0
 """Seconds after which labelled samples are surely on the disk."""
 
-LISTED = 100
+LISTED = 20
 """Adaptations that the page shows: the newest."""
 
 
@@ -327,7 +327,7 @@ class Loop:
             "adapter_bytes": sum(v.size for v in state.versions.values()),
             "adaptation_seconds": self._spent[0],
             "joules": self._spent[1],
-            "listed": self.adaptations[-20:],
+            "listed": list(self.adaptations),
             "versions": [
                 {
                     "version": v.number,

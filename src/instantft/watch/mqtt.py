@@ -60,11 +60,11 @@ class Mqtt:
             raise UsageError(
                 "MQTT must have paho-mqtt, which is not installed: pip install 'instantft[mqtt]'"
             ) from None
-        where = urlsplit(url)
         try:
+            where = urlsplit(url)
             self._topic, host, port = unquote(where.path).strip("/"), where.hostname, where.port
         except ValueError:
-            host = None
+            where, host = urlsplit(""), None
         if where.scheme not in SCHEMES or not host or not self._topic or any(c in self._topic for c in "+#\0"):
             raise UsageError("an MQTT address must be mqtt://[user@]host[:port]/topic, the topic without + and #")
         self._longest, self._parse, self._put = longest, parse, put

@@ -64,11 +64,15 @@ def token_in(path: Path) -> str:
     Raises:
         FileError: it cannot be read or made.
     """
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
-            file.write(secrets.token_urlsafe(24) + "\n")
-    except FileExistsError:
-        pass
+        if not path.exists() or not path.stat().st_size:
+            with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
+                file.write(secrets.token_urlsafe(24) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
+            files.sync_directory(path.parent)
     except OSError as e:
         raise FileError(f"the token must be in a writable place, but {path} is not: {files.reason(e)}") from None
     token = files.read_small(path, "the token").decode("ascii", "replace").strip()
