@@ -73,6 +73,25 @@ def test_a_cache_of_another_network_or_codec(here: Path, capsys: pytest.CaptureF
     assert Path("kept.cache").read_bytes() == kept
 
 
+@pytest.mark.parametrize("command", ["generate", "synth", "route"])
+def test_a_folder_with_something_else_stays_as_it_was(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())  # stands for every package
+    command_line = ("hw", command, "--config", "ecp5-85f", "--out")
+    mine = here / "mine"
+    mine.mkdir()
+    for name in ("README.txt", "core.v", "build.json"):
+        (mine / name).write_text("{}")
+        said = refused(capsys, *command_line, "mine")
+        assert said == "error: a generated core must have a folder of its own, but mine holds something else\n"
+    assert {path.name: path.read_text() for path in mine.iterdir()} == dict.fromkeys(
+        ("README.txt", "core.v", "build.json"), "{}"
+    )
+    said = refused(capsys, *command_line, "new.npz")
+    assert said == f"error: a generated core must be in a directory, but {here / 'new.npz'} is a file\n"
+
+
 @pytest.mark.parametrize(
     ("missing", "command"),
     [

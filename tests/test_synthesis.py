@@ -53,6 +53,9 @@ def test_cells_become_resources() -> None:
     assert k26 == {"LUT": 26, "FF": 5, "DSP": 7, "BRAM36": 1.5, "URAM": 1}
     ecp5 = used(CONFIGS["ecp5-85f"], {"LUT4": 10, "CCU2C": 2, "TRELLIS_FF": 5, "MULT18X18D": 3, "DP16KD": 4})
     assert ecp5 == {"LUT": 14, "FF": 5, "MULT18": 3, "EBR": 4}
+    with pytest.raises(EngineError, match="of kinds that can be counted, but 2 are LDCE"):
+        used(CONFIGS["k26"], {"LUT6": 10, "LDCE": 2})
+    assert used(CONFIGS["ecp5-85f"], {"PFUMX": 9, "$scopeinfo": 4}) == dict.fromkeys(ecp5, 0)
 
 
 def test_a_build_that_no_open_tool_routes_is_refused(tmp_path: Path) -> None:
@@ -144,10 +147,23 @@ def test_a_multiplier_and_its_sum_are_routed_to_a_bit_stream(tmp_path: Path, mon
 @pytest.mark.skipif(not os.environ.get("INSTANTFT_ROUTE"), reason="takes an hour or more: set INSTANTFT_ROUTE=1")
 def test_the_whole_core_is_routed(tmp_path: Path) -> None:
     """It was not seen to be: docs/hardware.md §12 says how far it came, docs/hardware/ecp5-85f.log has the logs."""
-    made = route(CONFIGS["ecp5-85f"], configured("ecp5-85f", lenet5((1, 28, 28))), tmp_path)
-    assert made.used["MULT18X18D"] == 110
+    build = configured("ecp5-85f", lenet5((1, 28, 28)))
+    made = route(CONFIGS["ecp5-85f"], build, tmp_path)
+    assert made.used["MULT18X18D"] == build.multipliers
     assert made.fmax_mhz >= 60
     assert made.bitstream.stat().st_size > 100_000
+
+
+@pytest.mark.slow
+@needs_hw
+@pytest.mark.skipif(not os.environ.get("INSTANTFT_SYNTH"), reason="takes many minutes: set INSTANTFT_SYNTH=1")
+def test_the_whole_core_fits_a_k26(tmp_path: Path) -> None:
+    made = synthesise(CONFIGS["k26"], BUILD, tmp_path)
+    has = CONFIGS["k26"].device.has
+    assert {name: n / has[name] for name, n in made.used.items() if n > 0.7 * has[name]} == {}
+    assert made.used["DSP"] == BUILD.multipliers
+    assert made.soft_products == 0
+    assert made.levels <= 6
 
 
 def test_what_a_tool_says_went_wrong_is_told(tmp_path: Path) -> None:

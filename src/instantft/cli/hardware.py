@@ -56,7 +56,8 @@ def generate(config: str, base: str | None, out: str, as_json: bool) -> None:
     click.echo(f"build {build.id:#010x}: {build.lanes} lanes, rank {build.rank}, {build.formats.name}")
     for name in names:
         click.echo(f"  {name}")
-    click.echo(f"written to {out}; scripts for Vivado and the driver were not tried on a board")
+    untried = "scripts for Vivado and the driver were" if chosen.device.family == "xcup" else "it was"
+    click.echo(f"written to {out}; {untried} not tried on a board")
 
 
 @hw.command()

@@ -12,7 +12,7 @@ from .configs import Config, Styles
 from .layout import Build
 from .tools import check_extra
 
-__all__ = ["contents", "generate", "verilog"]
+__all__ = ["check_folder", "contents", "generate", "verilog"]
 
 MARK = "build.json"
 """The file by which such a folder is known."""
@@ -83,6 +83,25 @@ def contents(config: Config, build: Build) -> dict[str, bytes]:
     return {name: text.encode() for name, text in sorted(made.items())}
 
 
+def check_folder(out: Path) -> None:
+    """See, before any work is done, that a folder can take a core: it is not there, is empty, or has one already.
+
+    Raises:
+        FileError: it is a file, cannot be written, or holds something else.
+    """
+    files.check_directory(out, "a generated core")
+    if out.is_dir() and any(out.iterdir()) and not _is_core(out):
+        raise FileError(f"a generated core must have a folder of its own, but {out} holds something else")
+
+
+def _is_core(out: Path) -> bool:
+    try:
+        described = files.decode_json(files.read_small(out / MARK, MARK), MARK, out / MARK)
+    except FileError:
+        return False
+    return {"config", "build"} <= described.keys()
+
+
 def generate(config: Config, build: Build, out: Path) -> list[str]:
     """Write the folder; one that is there is replaced whole or not at all. Returns the names of its files.
 
@@ -90,9 +109,7 @@ def generate(config: Config, build: Build, out: Path) -> list[str]:
         EngineError: Amaranth is not installed.
         FileError: the folder cannot be written, or holds other files.
     """
-    files.check_directory(out, "a generated core")
-    if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
-        raise FileError(f"a generated core must have a folder of its own, but {out} holds something else")
+    check_folder(out)
     made = contents(config, build)
     files.replace_directory(out, made, "a generated core")
     return list(made)

