@@ -108,7 +108,7 @@ def test_the_core_has_the_golden_models_bits(core: Simulator, seed: int) -> None
     assert found.cycles["quantise"] >= groups * CHANNELS * core.build.entry_beats
 
 
-def forgetful(text: str, always: bool = False) -> tuple[str, int]:
+def forgetful(text: str) -> tuple[str, int]:
     """A core whose memories give a word's opposite where it is written as it is read; and how many reads those are."""
     name, at = r"\\?[\w$]+ ?", r"\[([^]:]+(?:\[[\d:]+\])?)\]"
     count, modules = 0, re.split(r"(?m)^(?=module )", text)
@@ -122,7 +122,7 @@ def forgetful(text: str, always: bool = False) -> tuple[str, int]:
                 return read[0]
             nonlocal count
             count += 1
-            return f"{target} <= ({'1' if always else ' || '.join(met)}) ? ~{memory}[{address}] : {memory}[{address}];"
+            return f"{target} <= ({' || '.join(met)}) ? ~{memory}[{address}] : {memory}[{address}];"
 
         modules[i] = re.sub(rf"(_\d+_) <= ({name}){at};", other, module)
     return "".join(modules), count

@@ -10,7 +10,7 @@ from ..spec import NetSpec
 from .formats import PROFILES, Formats
 from .layout import Build
 
-__all__ = ["CONFIGS", "DEVICES", "Config", "Device", "Style", "Styles", "configured", "named"]
+__all__ = ["BLOCK", "CONFIGS", "DEVICES", "Config", "Device", "Style", "Styles", "configured", "named"]
 
 
 Style = Literal["distributed", "block", "ultra"]
@@ -36,6 +36,10 @@ class Styles:
     a: Style = "block"
 
 
+BLOCK = Styles()
+"""All in block RAM."""
+
+
 @dataclass(frozen=True)
 class Device:
     """What a device has.
@@ -52,7 +56,7 @@ class Device:
     family: str
     has: dict[str, int]
     memory: int
-    styles: Styles = Styles()
+    styles: Styles = BLOCK
 
 
 DEVICES = {

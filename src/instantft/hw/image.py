@@ -93,6 +93,9 @@ ERRORS = {
 MAX_SAMPLES = 1 << 24
 """Sample numbers in ORDER have 24 bits."""
 
+MAX_EPOCHS = 1 << 16
+"""Epochs are counted in 16 bits."""
+
 PIXEL_ERROR = 1e-5
 """How far from p/255 a pixel may be: float32 is off by 6e-8, a mean or a std by far more."""
 
@@ -165,8 +168,8 @@ def launch(
         raise UsageError(f"batch size must be 1 to {build.batch} for this build of the core, not {batch_size}")
     if not 1 <= T < MAX_SAMPLES:
         raise UsageError(f"samples must be 1 to {MAX_SAMPLES - 1} for the core, not {T}")
-    if not 1 <= E < 1 << 16:
-        raise UsageError(f"epochs must be 1 to {(1 << 16) - 1} for the core, not {E}")
+    if not 1 <= E < MAX_EPOCHS:
+        raise UsageError(f"epochs must be 1 to {MAX_EPOCHS - 1} for the core, not {E}")
     if x.shape != (T, build.taps[0].size):
         raise UsageError(f"samples must have {build.taps[0].size} values for this build, not {list(x.shape[1:])}")
     if parameters.A[0].shape[1] != build.rank:

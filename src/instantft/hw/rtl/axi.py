@@ -322,7 +322,7 @@ class Reader(wiring.Component):
 class Writer(wiring.Component):
     """Commands and beats in, in the same order.
 
-    A burst is offered once the first of its beats is there, and at most two are begun ahead of their data.
+    A burst is offered once the first of its beats is there, and at most three are begun ahead of their data.
 
     Ports:
         command: what to write.

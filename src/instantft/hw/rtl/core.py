@@ -8,8 +8,8 @@ from amaranth import Array, Cat, ClockDomain, Module, Mux, ResetInserter, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from ..configs import Styles
-from ..image import SATURATIONS
+from ..configs import BLOCK, Styles
+from ..image import MAX_EPOCHS, SATURATIONS
 from ..layout import BEAT, CHANNELS, Build
 from .adapters import Adapters
 from .array import LaneArray
@@ -30,13 +30,8 @@ CHECKED = 3
 DRAINED = 8
 """Cycles of quiet on both ports before an error is told."""
 
-MAX_EPOCHS = 1 << 16
-
 THROUGH = 7
 """The step of a phase that is through."""
-
-
-BLOCK = Styles()
 
 
 class Error(IntEnum):

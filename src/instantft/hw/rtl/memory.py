@@ -36,8 +36,8 @@ class Store(wiring.Component):
 
     Ports:
         write, write_address, write_data: a word, written at the end of the cycle.
-        read_address: of the word that is in read_data LATENCY cycles later. A word that is written while it is read
-            comes as it was before. Beyond the depth: any word.
+        read_address: of the word that is in read_data LATENCY cycles later. For one that is written while it is
+            read, or beyond the depth, any word (an ECP5 does not say which); the core uses none such.
     """
 
     def __init__(self, width: int, depth: int, style: Style) -> None:

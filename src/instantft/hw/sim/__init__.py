@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ...errors import EngineError
 from ...files import cache_folder, write_whole
-from ..configs import Styles
+from ..configs import BLOCK, Styles
 from ..formats import Ints
 from ..image import BUFFERS, PAGE, Launch, Outcome, outcome, writes
 from ..layout import CHANNELS, Build
@@ -29,8 +29,6 @@ LATENCY = (40, 200)
 
 BASE = 0x8_4000_0000
 """Where DRAM begins: above 32 bits, so that whole addresses are used."""
-
-BLOCK = Styles()
 
 MAX_CYCLES = 1 << 31
 """After which a run is given up."""
