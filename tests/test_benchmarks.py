@@ -129,7 +129,7 @@ def test_ratio_of_operations() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["speed", "codecs", "threads_cache", "dual_space", "ridge_speed", "streaming", "replay", "noisy_labels"]
+    "name", ["speed", "codecs", "threads_cache", "dual_space", "ridge_speed", "streaming", "replay"]
 )
 def test_quick_runs_need_no_data(name: str, tmp_path: Path) -> None:
     """They say so, and are written down as any other run."""
