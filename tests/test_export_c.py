@@ -350,7 +350,7 @@ def test_the_step_is_that_of_the_samples_that_come_along(tmp_path: Path, scalar:
     made = export_c(base, None, tmp_path / "c", samples=30, data=data)
     assert made.lr is not None
     chosen = fit(scalar, base, "skip2-lora", x, y, momentum=0.0).adapter.config["lr"]
-    assert made.lr == pytest.approx(chosen, rel=1e-6)  # of the engine's power iteration, which rounds as its cores do
+    assert made.lr == float(f"{chosen:.3g}")  # three digits, so that engines that round otherwise write the same bytes
     assert made.lr != 0.1
     assert f"#define IFT_LR {export._number(made.lr)}\n" in (tmp_path / "c" / "src" / "instantft_config.h").read_text()
     assert export_c(base, None, tmp_path / "c", samples=30).lr == 0.1
