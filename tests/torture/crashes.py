@@ -552,6 +552,14 @@ class Refusing:
 
         return call
 
+    def made(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, flags: int, *args: Any, **more: Any) -> Any:
+            if flags & os.O_CREAT:
+                self.step()
+            return real(path, flags, *args, **more)
+
+        return call
+
     def opened(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(path: Any, mode: str = "r", *args: Any, **more: Any) -> Any:
             if not set(mode) & set("wxa+"):
@@ -666,6 +674,7 @@ def refusal(i: int, folder: Path) -> str:
         with contextlib.ExitStack() as stack:
             for name in WRITES:
                 stack.enter_context(mock.patch.object(os, name, refusing.wrapped(getattr(os, name))))
+            stack.enter_context(mock.patch.object(os, "open", refusing.made(os.open)))
             stack.enter_context(mock.patch.object(io, "open", refusing.opened(io.open)))
             try:
                 task(place)

@@ -271,8 +271,8 @@ def garbage_http(count: int) -> Seen:
     with tempfile.TemporaryDirectory() as scratch:
         program, port = with_page(Path(scratch))
         memory, before = Memory(program.process.pid), program.status["live"]
-        for _ in range(count):
-            status = answered(port, request(rng))
+        for i in range(count):
+            status = answered(port, huge(i % 1000) if i % 1000 < 3 else request(rng))
             seen.outcomes[status] += 1
             if status == "202":
                 seen.failures.append("a request without the token was obeyed")
@@ -310,6 +310,13 @@ def request(rng: Rng) -> bytes:
     ][int(rng.integers(12))]  # fmt: skip
     raw = "\r\n".join(head).encode("latin-1", "replace") + b"\r\n\r\n" + body
     return rng.bytes(int(rng.integers(1, 400))) if rng.random() < 0.1 else raw
+
+
+def huge(kind: int) -> bytes:
+    """10 MB in the first line, in a header, or as a body."""
+    path, header, body = (b"x" * (LONG if kind == k else 1) for k in range(3))
+    head = b"POST /%s HTTP/1.1\r\nHost: 127.0.0.1\r\nX: %s\r\nContent-Length: %d\r\n\r\n"
+    return head % (path, header, len(body)) + body
 
 
 def answered(port: int, raw: bytes) -> str:
