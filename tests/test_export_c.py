@@ -254,6 +254,21 @@ def test_epochs_nobody_asked_for_make_500_steps(tmp_path: Path, samples: int, ba
     assert constants(tmp_path / "c")["INSTANTFT_EPOCHS"] == epochs
 
 
+@pytest.mark.parametrize("compiler", [("aarch64-linux-gnu-gcc",), ("clang", "--target=aarch64-linux-gnu")])
+@pytest.mark.parametrize(
+    ("method", "weights"), [("skip2-lora", "fp32"), ("skip2-lora", "int8"), ("skip-ridge", "fp32")]
+)
+def test_vectors_of_four_compile_without_a_warning(
+    tmp_path: Path, compiler: tuple[str, ...], method: str, weights: str
+) -> None:
+    if not shutil.which(compiler[0]) or not shutil.which("aarch64-linux-gnu-gcc"):
+        pytest.skip(f"needs {compiler[0]} and the headers of aarch64-linux-gnu-gcc")
+    export_c(network(lenet5((1, 28, 28))), None, tmp_path / "c", samples=40, method=method, weights=weights, lanes=4)
+    for source in sorted((tmp_path / "c" / "src").glob("*.c")):
+        flags = [*compiler, "-mcpu=cortex-a53", "-std=c11", "-O1", *WARNINGS, "-I", str(tmp_path / "c" / "include")]
+        subprocess.run([*flags, "-fsyntax-only", str(source)], check=True)
+
+
 def test_limits(tmp_path: Path) -> None:
     base, out = network(dnn(256, 3)), tmp_path / "c"
     takes = export_c(base, None, out, samples=10, method="skip-ridge", ram=1 << 16)
