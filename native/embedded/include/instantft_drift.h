@@ -1,7 +1,8 @@
 /* Has the world changed? Two detectors that look at one number a sample, in memory of fixed size.
  *
- * Is: plain C11; the detectors of a watcher on a Linux board (src/instantft/watch/detectors.py, the readable form): alarms
- * and scores of ADWIN and CUSUM are alike to the bit. The caller owns the memory. No malloc, no globals, of libm sqrt and log (exp in instantft_doubt).
+ * Is: plain C11; the detectors of a watcher on a Linux board (src/instantft/watch/detectors.py, the readable form):
+ * alarms and scores of ADWIN and CUSUM are alike to the bit. The caller owns the memory. No malloc, no globals, of libm
+ * sqrt and log (exp in instantft_doubt).
  * Is not: tied to instantft_device.h; either can be used alone. 2 KB of flash on a Cortex-M4F, linked only if called.
  *
  *     instantft_errors    with labels: ADWIN on right and wrong answers; knows nothing beforehand

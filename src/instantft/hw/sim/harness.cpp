@@ -5,9 +5,10 @@
 // MEMORY: file of what is in DRAM from address BASE on; what the core writes is in it afterwards. TRACE: prefix of files
 // that trace ports are written to, or -. LIMIT: cycles after which it gives up. FAULT: 0, or the number of the burst
 // (of both ports and directions, from 1) that is answered with an error. The registers are written in the order given;
-// then CTRL, LAUNCHES times, each when the one before is done. Of the last launch, on stdout: `progress STEPS` now and then; at the end `register OFFSET VALUE` for all that can be read, and
-// `cycles N`: from the write of CTRL to the first answer that says done. Every rule of AXI that the core breaks ends
-// the run with `violation TEXT` and status 3; the LIMIT ends it with status 4.
+// then CTRL, LAUNCHES times, each when the one before is done. Of the last launch, on stdout: `progress STEPS` now and
+// then; at the end `register OFFSET VALUE` for all that can be read, and `cycles N`: from the write of CTRL to the first
+// answer that says done. Every rule of AXI that the core breaks ends the run with `violation TEXT` and status 3; the
+// LIMIT ends it with status 4.
 
 #include <cstdint>
 #include <cstdio>
