@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from .torture.crashes import kills, power_cuts
-from .torture.inputs import garbage_stdin, mutated_files
+from .torture.inputs import garbage_stdin
+from .torture.mutations import mutated_files
 from .torture.privacy import wiped
 from .torture.work import Seen, trials
 

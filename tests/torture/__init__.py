@@ -2,7 +2,8 @@
 
 work.py      many trials on all cores, each in a process that may crash, hang or ask for too much memory
 crashes.py   kill -9, power cuts, disks that refuse
-inputs.py    garbage on standard input, MQTT and HTTP; mutated files
+inputs.py    garbage on standard input, MQTT and HTTP
+mutations.py adapter, base, cache and ONNX files that hypothesis changes
 streams.py   wrong labels, and a day's stream
 privacy.py   what is wiped, and what the page lets strangers do
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from instantft.table import format_table
 
 from .crashes import kills, power_cuts, refusals, small_disks
-from .inputs import garbage_http, garbage_mqtt, garbage_stdin, mutated_files
+from .inputs import garbage_http, garbage_mqtt, garbage_stdin
+from .mutations import mutated_files
 from .privacy import page, wiped
 from .streams import stream, wrong_labels
 from .work import Seen

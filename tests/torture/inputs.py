@@ -1,42 +1,25 @@
-"""Garbage where messages come in, and files that were changed by chance or by somebody who knows the format."""
+"""Garbage where messages come in: standard input, MQTT, HTTP."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import hashlib
 import http.client
-import io
 import json
-import shutil
 import socket
-import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-import warnings
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from instantft.adapters import CONFIG_FILE, TENSOR_FILE, Adapter
-from instantft.cache.store import open_store
-from instantft.engine import get_engine
-from instantft.errors import InstantFTError
-from instantft.tuner import FineTuner, load
-
-from ..samples import IMAGES, base
 from ..test_watching import command, environment
-from ..watched import trained, world
-from .crashes import base_file, few, tuned
-from .work import Seen, scratch, trials, unexpected
+from .crashes import base_file, few
+from .work import Seen, unexpected
 
-__all__ = ["garbage_http", "garbage_mqtt", "garbage_stdin", "mutated_files"]
+__all__ = ["garbage_http", "garbage_mqtt", "garbage_stdin"]
 
 GROWTH = 96 << 20
 """Bytes by which a watcher may grow while it is fed garbage: the queue holds 256 messages, a line at most 5 KB here, a
@@ -46,7 +29,6 @@ LONG = 10 << 20
 """Bytes of a long line."""
 
 Rng = np.random.Generator
-Reading = Callable[[], None]
 
 
 # -- garbage ----------------------------------------------------------------------------------------------------------
@@ -334,223 +316,3 @@ def answered(port: int, raw: bytes) -> str:
         return "hung up"
     first = held.split(b"\r\n", 1)[0].split(b" ")
     return first[1].decode("ascii", "replace") if first[0].startswith(b"HTTP") and len(first) > 1 else "no status"
-
-
-# -- mutated files ----------------------------------------------------------------------------------------------------
-
-CODEC, CAPACITY = "nf4", 24
-
-FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.remove", "subprocess.Popen",
-             "pickle.find_class", "socket.connect", "socket.bind", "ctypes.dlopen", "shutil.rmtree")  # fmt: skip
-"""What reading a file must never lead to, by Python's audit events."""
-
-WATCHED: list[str] = []
-
-
-def _audit(event: str, _: Any) -> None:
-    if WATCHED and event in FORBIDDEN:
-        WATCHED.append(event)
-
-
-@functools.cache
-def originals() -> Path:
-    """Good files: a base, an adapter, a cache file, an ONNX file where onnxruntime is there."""
-    folder = scratch()
-    trained().save(folder / "base.safetensors")
-    base(IMAGES).save(folder / "images.safetensors")
-    tuned().adapter.save(folder / "adapter")
-    FineTuner(trained(), method="skip-ridge").fit_prepared(*few()).adapter.save(folder / "ridge")
-    store = cache_of(folder / "cache")
-    store.write(np.arange(CAPACITY), np.random.default_rng(0).normal(size=(CAPACITY, store.record.width)))
-    store.flush()
-    try:
-        import onnxruntime  # noqa: F401
-
-        from instantft.export.onnx import export_onnx
-
-        export_onnx(trained(), None, folder / "net.onnx")
-        export_onnx(base(IMAGES), None, folder / "images.onnx")
-    except ImportError:
-        pass
-    return folder
-
-
-def cache_of(path: Path) -> Any:
-    return open_store(path, CODEC, trained().spec.record, CAPACITY, trained().hash, "data")
-
-
-def mutated(raw: bytes, rng: Rng, other: bytes) -> bytes:
-    """A few changes at random places."""
-    data = bytearray(raw)
-    for _ in range(int(rng.choice([1, 1, 2, 4, 16]))):
-        at = int(rng.integers(max(1, len(data) if rng.random() < 0.5 else min(len(data), 600))))
-        kind = int(rng.integers(7))
-        if not data or kind == 0:
-            data = data[:at]
-        elif kind == 1:
-            data[at] ^= 1 << int(rng.integers(8))
-        elif kind == 2:
-            data[at] = int(rng.choice([0, 1, 0x7F, 0x80, 0xFF, int(rng.integers(256))]))
-        elif kind == 3:
-            size = int(rng.choice([4, 8]))
-            data[at : at + size] = int(rng.choice([0, 1, (1 << 31) - 1, 1 << 31, 1 << 62, 10**12])).to_bytes(
-                8, "little"
-            )[:size]
-        elif kind == 4:
-            start = int(rng.integers(len(other)))
-            piece = other[start : start + int(rng.integers(1, 200))]
-            data[at : at + (len(piece) if rng.random() < 0.5 else 0)] = piece
-        elif kind == 5:
-            del data[at : at + int(rng.integers(1, 64))]
-        else:
-            data[at:at] = rng.bytes(int(rng.integers(1, 64)))
-    return bytes(data)
-
-
-VALUES: tuple[Any, ...] = (
-    0, -1, 1, 2, 1 << 31, 1 << 63, 10**30, 1.5, "", "x", "../../etc/passwd", "999999", None, True,
-    [], [0], [1 << 40, 1 << 40], {}, [[]], "F64", "I64", "BF16", "skip-ridge", "full",
-)  # fmt: skip
-
-
-def bent(value: Any, rng: Rng) -> Any:
-    """JSON with one value replaced, a key renamed or an entry dropped, at random."""
-    if isinstance(value, dict) and value and rng.random() < 0.9:
-        key = list(value)[int(rng.integers(len(value)))]
-        out, chance = dict(value), rng.random()
-        if chance < 0.1:
-            del out[key]
-        elif chance < 0.2:
-            out[str(rng.choice(["x", "__metadata__", "lora.0-2.A", "../a"]))] = out.pop(key)
-        else:
-            out[key] = bent(value[key], rng)
-        return out
-    if isinstance(value, list) and value and rng.random() < 0.7:
-        at = int(rng.integers(len(value)))
-        return [bent(v, rng) if i == at else v for i, v in enumerate(value)]
-    if isinstance(value, str) and value[:1] in "{[" and value and rng.random() < 0.8:
-        try:
-            return json.dumps(bent(json.loads(value), rng))  # JSON within JSON: a network's shape
-        except ValueError:
-            pass
-    return VALUES[int(rng.integers(len(VALUES)))]
-
-
-def bent_tensors(raw: bytes, rng: Rng) -> bytes:
-    """A safetensors file whose header was changed by somebody who knows the format."""
-    n = int.from_bytes(raw[:8], "little")
-    header = json.dumps(bent(json.loads(raw[8 : 8 + n]), rng)).encode()
-    size = len(header) if rng.random() < 0.9 else int(rng.integers(1 << 62))
-    return size.to_bytes(8, "little") + header + raw[8 + n :]
-
-
-def mutate_file(i: int, folder: Path) -> str:
-    """Read a changed file: an error of ours, or a network, adapter or cache that can be used."""
-    rng, source = np.random.default_rng([i, 7]), originals()
-    kinds = ["base", "adapter", "cache", "onnx"] if (source / "net.onnx").exists() else ["base", "adapter", "cache"]
-    kind = kinds[i % len(kinds)]
-    other = (source / "cache").read_bytes() + (source / "images.safetensors").read_bytes()
-    knowing = rng.random() < 0.5
-    read = READERS[kind](source, folder, rng, other, knowing)
-    WATCHED[:] = ["watching"]
-    with warnings.catch_warnings(), np.errstate(all="ignore"), contextlib.redirect_stdout(io.StringIO()) as printed:
-        warnings.simplefilter("ignore")
-        try:
-            read()
-            said = f"{kind}: usable"
-            words = ""
-        except InstantFTError as e:
-            words, said = str(e), f"{kind}: refused"
-    done, WATCHED[:] = WATCHED[1:], []
-    assert not done, f"a file led to {done}"
-    assert not printed.getvalue(), f"printed: {printed.getvalue()[:200]!r}"
-    assert "\n" not in words, f"more than a line: {words[:200]!r}"
-    assert len(words) < 1000, f"{len(words)} characters of an error"
-    return said
-
-
-def _base(source: Path, folder: Path, rng: Rng, other: bytes, knowing: bool) -> Reading:
-    name = str(rng.choice(["base.safetensors", "images.safetensors"]))
-    raw = (source / name).read_bytes()
-    (folder / name).write_bytes(bent_tensors(raw, rng) if knowing else mutated(raw, rng, other))
-    return lambda: _predicted(load(folder / name))
-
-
-def _adapter(source: Path, folder: Path, rng: Rng, other: bytes, knowing: bool) -> Reading:
-    name = str(rng.choice(["adapter", "ridge"]))
-    shutil.rmtree(folder / "a", ignore_errors=True)
-    shutil.copytree(source / name, folder / "a")
-    tensors, config = folder / "a" / TENSOR_FILE, folder / "a" / CONFIG_FILE
-    raw, text = tensors.read_bytes(), config.read_bytes()
-    if knowing:  # and makes the checksum match
-        raw = bent_tensors(raw, rng) if rng.random() < 0.6 else mutated(raw, rng, other)
-        held = json.loads(text)
-        if rng.random() < 0.5:
-            held = bent(held, rng)
-        if isinstance(held, dict):
-            held["sha256"] = hashlib.sha256(raw).hexdigest()
-        text = json.dumps(held).encode()
-    elif rng.random() < 0.5:
-        raw = mutated(raw, rng, other)
-    else:
-        text = mutated(text, rng, other)
-    tensors.write_bytes(raw)
-    config.write_bytes(text)
-    return lambda: _used(Adapter.load(folder / "a", trained()))
-
-
-def _used(found: Adapter) -> None:
-    FineTuner(trained()).use(found).predict(world(0, 4)[0])
-
-
-def _cache(source: Path, folder: Path, rng: Rng, other: bytes, knowing: bool) -> Reading:
-    raw = (source / "cache").read_bytes()
-    if knowing:
-        n = struct.unpack("<I", raw[12:16])[0]
-        header = json.dumps(bent(json.loads(raw[20 : 20 + n]), rng)).encode()
-        raw = raw[:12] + struct.pack("<II", len(header), zlib.crc32(header)) + header + raw[20 + n :]
-    else:
-        raw = mutated(raw, rng, other)
-    (folder / "cache").write_bytes(raw)
-    return lambda: _same_records(cache_of(folder / "cache"), _good_cache())
-
-
-def _same_records(store: Any, good: Any) -> None:
-    held = np.flatnonzero(store.held(np.arange(CAPACITY)))
-    assert (store.data[held] == good.data[held]).all(), "a record that was changed counts"
-
-
-@functools.cache
-def _good_cache() -> Any:
-    return cache_of(originals() / "cache")
-
-
-def _onnx(source: Path, folder: Path, rng: Rng, other: bytes, knowing: bool) -> Reading:
-    name = str(rng.choice(["net.onnx", "images.onnx"]))
-    raw = (source / name).read_bytes()
-    (folder / name).write_bytes(mutated(raw, rng, raw[::-1] if knowing else raw))
-    return lambda: _predicted(load(folder / name))
-
-
-def _predicted(network: Any) -> None:
-    if network.spec.geometry[0].N > 1 << 16:
-        return
-    x = np.random.default_rng(0).normal(size=(3, network.spec.geometry[0].N)).astype(np.float32)
-    network.bind(get_engine()).forward(network.spec, network.tensors, x)
-
-
-READERS: dict[str, Callable[[Path, Path, Rng, bytes, bool], Reading]] = {
-    "base": _base, "adapter": _adapter, "cache": _cache, "onnx": _onnx,
-}  # fmt: skip
-
-
-def mutated_files(count: int) -> Seen:
-    sys.addaudithook(_audit)
-    originals()
-    for name in ("base.safetensors", "net.onnx"):  # what is imported late is imported now
-        if (originals() / name).exists():
-            _predicted(load(originals() / name))
-    seen = trials(mutate_file, count, limit=60.0)
-    if not (originals() / "net.onnx").exists():
-        seen.skipped = "ONNX files: onnxruntime is not installed"
-    return seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import resource
 import select
@@ -19,8 +20,9 @@ from pathlib import Path
 
 __all__ = ["Seen", "Trial", "scratch", "trials", "unexpected"]
 
-Trial = Callable[[int, Path], str]
-"""What the i-th trial showed, in a word or two; the folder is the process's own. An exception is a failure."""
+Trial = Callable[[int, Path], "str | Counter[str]"]
+"""What the i-th trial showed, in a word or two, or how often several things; the folder is the process's own. An
+exception is a failure."""
 
 MEMORY = 3 << 30
 """Bytes of address space that a trial may take beyond what its process began with."""
@@ -94,15 +96,15 @@ class _Worker:
             _make(trial, range(first, count, step), folder, write)
         os.close(write)
 
-    def told(self) -> list[str] | None:
-        """Whole lines that have come; None at the end."""
+    def told(self) -> list[dict[str, int] | str] | None:
+        """What trials said that have come to an end, how often they saw what or what failed; None at the end."""
         chunk = os.read(self.out, 1 << 16)
         if not chunk:
             return None
         *lines, self.held = (self.held + chunk).split(b"\n")
         if lines:
             self.since = time.monotonic()
-        return [line.decode() for line in lines]
+        return [json.loads(line) for line in lines]
 
 
 def _make(trial: Trial, numbers: range, folder: Path, write: int) -> None:
@@ -112,12 +114,14 @@ def _make(trial: Trial, numbers: range, folder: Path, write: int) -> None:
         used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
         for i in numbers:
+            said: dict[str, int] | str
             try:
-                said = trial(i, folder)
+                shown = trial(i, folder)
+                said = {shown: 1} if isinstance(shown, str) else dict(shown)
             except BaseException as e:
                 at = traceback.extract_tb(e.__traceback__)[-1]
-                said = f"!{type(e).__name__} at {Path(at.filename).name}:{at.lineno}: {e}"[:SHOWN]
-            os.write(write, said.replace("\n", " ").encode("utf-8", "replace") + b"\n")
+                said = f"{type(e).__name__} at {Path(at.filename).name}:{at.lineno}: {e}"[:SHOWN]
+            os.write(write, json.dumps(said).encode() + b"\n")
         status = 0
     finally:
         os._exit(status)
@@ -143,10 +147,10 @@ def trials(trial: Trial, count: int, limit: float = 60.0, jobs: int = 0) -> Seen
             for w in list(workers):
                 lines = w.told() if w.out in ready else []
                 for said in lines or []:
-                    if said.startswith("!"):
-                        seen.failures.append(f"trial {w.next}: {said[1:]}")
+                    if isinstance(said, str):
+                        seen.failures.append(f"trial {w.next}: {said}")
                     else:
-                        seen.outcomes[said] += 1
+                        seen.outcomes.update(said)
                     w.next += w.step
                 hung = lines is not None and time.monotonic() - w.since > limit
                 if not hung and lines is not None:
