@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,42 @@ def test_attempts_double_and_end_with_the_room(tmp_path: Path) -> None:
     journal.close()
 
 
+@pytest.mark.parametrize("better", [True, False])
+def test_a_restart_does_not_answer_a_drift_again(tmp_path: Path, better: bool) -> None:
+    rng = np.random.default_rng(0)
+    stream = [s if better else replace(s, label=int(rng.integers(3))) for s in samples(1, 260, seed=1)]
+    journal = journal_in(tmp_path)
+    loop = loop_on(journal)
+    events = run(loop, [*samples(0, 200), *stream[:120]], batch=1)
+    begun = [e["samples"] for e in named(events, "adapting")]
+    assert begun
+    assert bool(named(events, "adapted")) == better
+    loop.keep()
+    needed, fresh = loop.summary()["needed"], loop.summary()["fresh"]
+    assert needed > fresh >= 60
+    journal.close()
+
+    journal = journal_in(tmp_path)
+    loop = loop_on(journal)
+    assert (loop.summary()["needed"], loop.summary()["fresh"]) == (needed, fresh)
+    events = run(loop, stream[120:], batch=1)
+    assert [e["samples"] for e in named(events, "adapting")][0] == needed
+    journal.close()
+
+
+def test_what_was_asked_for_outlives_a_restart(tmp_path: Path) -> None:
+    jobs, later = postponed()
+    journal = journal_in(tmp_path)
+    loop = loop_on(journal, work=later)
+    run(loop, [*samples(1, 40), Command("adapt", {})])
+    assert jobs  # and never done: it ends first
+    loop.keep()
+    journal.close()
+    journal = journal_in(tmp_path)
+    assert named(run(loop_on(journal), samples(1, 1, seed=2)), "adapting")[0]["samples"] >= 41
+    journal.close()
+
+
 def test_a_poisoned_adapter_is_rolled_back(tmp_path: Path) -> None:
     """A while of labels that are consistently wrong looks like a new world; when the true ones return, so does the
     adapter from before."""
@@ -279,13 +316,19 @@ def test_the_frozen_network_has_a_past_after_a_rollback(tmp_path: Path) -> None:
         journal.close()
 
 
-def test_whoever_goes_back_in_another_world_is_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("restart", [False, True])
+def test_whoever_goes_back_in_another_world_is_left_alone(tmp_path: Path, restart: bool) -> None:
     """There the frozen network is as bad as it is on the samples of that world, and that is no drift."""
     known = Seen.by(get_engine(), trained(), world(0, 500)[0], *world(0, 300, seed=7))
     journal = journal_in(tmp_path)
     loop = loop_on(journal, known=known)
     run(loop, samples(0, 200) + samples(1, 300, seed=1))
     run(loop, [Command("rollback", {"to": 0})])
+    if restart:
+        loop.keep()
+        journal.close()
+        journal = journal_in(tmp_path)
+        loop = loop_on(journal, known=known)
     assert run(loop, samples(1, 200, seed=2)) == []
     journal.close()
 

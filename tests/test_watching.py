@@ -23,8 +23,10 @@ from instantft.backbones.builtin import Network
 from instantft.cli import run
 from instantft.watch.detectors import Seen
 from instantft.watch.journal import read_state
+from instantft.watch.loop import Command
 
-from .watched import trained, world
+from .watched import journal_in, loop_on, samples, trained, world
+from .watched import run as feed
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +197,87 @@ def test_commands_reach_a_watcher_that_runs(
     assert watcher.until("prediction")["version"] == 0
     watcher.process.send_signal(signal.SIGTERM)
     assert watcher.close() == 0
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_is_asked_while_it_is_down_lasts(
+    base_file: Path, tmp_path: Path, known: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rollback is not undone by the samples that led to the adapter, and what was forgotten is not known again."""
+    state, (x, y) = tmp_path / "state", world(0, 300)
+    np.savez(tmp_path / "before.npz", x=x, y=y)
+    more = ("--reference", tmp_path / "before.npz") if known else ()
+    first = Watcher(base_file, state, *more)
+    first.send(lines(1, 100) + b'{"command": "adapt"}\n{"x": [1, 2, 3, 4, 5, 6], "id": "late", "user": "bob"}\n')
+    first.until("adapted")
+    first.send(b"")
+    assert first.close() == 0
+    assert read_state(state).live >= 1
+    assert run(["rollback", str(state), "--to", "0"]) == 0
+    assert run(["forget", str(state), "--user", "bob"]) == 0
+    assert "1 samples wiped" in capsys.readouterr().out
+    second = Watcher(base_file, state, *more)
+    second.send(b'{"id": "late", "label": 1}\n' + lines(1, 150, seed=2))
+    assert second.close() == 0
+    assert {e["version"] for e in second.events if e["event"] == "prediction"} == {0}
+    assert not [e for e in second.events if e["event"] in ("drift", "adapting", "error")]
+    assert second.events[-1]["skipped"] == {"unknown id": 1}
+    assert second.events[-1]["kept"] == 250
+
+
+@pytest.mark.parametrize("again", [True, False])
+@pytest.mark.parametrize("arguments", [("rollback",), ("forget", "--all")])
+def test_a_watcher_that_dies_before_it_answers(
+    base_file: Path, tmp_path: Path, arguments: tuple[str, ...], again: bool
+) -> None:
+    """What was asked of it is done all the same, by the next one or without one."""
+    state = tmp_path / "state"
+    first = Watcher(base_file, state)
+    first.send(lines(1, 100) + b'{"command": "adapt"}\n')
+    first.until("adapted")
+    first.process.send_signal(signal.SIGSTOP)
+    asking = subprocess.Popen(
+        command(arguments[0], state, *arguments[1:]), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+    )
+    end = time.monotonic() + 30
+    while not (state / "request.json").exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    first.process.kill()
+    first.process.communicate()
+    second = Watcher(base_file, state) if again else None
+    out, err = asking.communicate(timeout=60)
+    assert (asking.returncode, err) == (0, b"")
+    if second is not None:
+        second.send(lines(1, 20, seed=3))
+        assert second.close() == 0
+    assert not (state / "request.json").exists()
+    if arguments[0] == "rollback":
+        assert out == b"version 1 \xe2\x86\x92 0\n"
+        assert read_state(state).live == 0
+    else:
+        assert b"samples wiped" in out
+        assert world(1, 100)[0][50].tobytes() not in (state / "samples.bin").read_bytes()
+
+
+def test_what_a_watcher_did_before_it_died_is_not_done_twice(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path / "state")
+    loop = loop_on(journal)
+    for kind in (1, 2):
+        feed(loop, [*samples(kind, 150, seed=kind), Command("adapt", {})])
+    live = journal.state.live
+    assert live >= 2
+    asking = subprocess.Popen(command("rollback", tmp_path / "state"), stdout=subprocess.PIPE, env=environment())
+    end = time.monotonic() + 30
+    while (asked := journal.request()) is None:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    feed(loop, [Command(asked.pop("command"), asked)])
+    journal.close()  # without an answer
+    out, _ = asking.communicate(timeout=60)
+    assert asking.returncode == 0
+    assert out.decode() == f"version {live} → {live - 1}\n"
+    assert read_state(tmp_path / "state").live == live - 1
 
 
 def test_it_goes_on_after_it_was_killed(base_file: Path, tmp_path: Path) -> None:

@@ -94,10 +94,10 @@ def open_told(folder: Path, tell: Tell) -> Journal:
         commit(made, version, why)
         tell(f"= {fingerprint(made)}")
 
-    def goes_back(at: float, why: str, to: int | None = None) -> None:
+    def goes_back(at: float, why: str, to: int | None = None, since: int | None = None) -> None:
         target = journal.state.behind if to is None else to
         tell(f"? {fingerprint(journal.adapter(target))}")
-        back(at, why, to)
+        back(at, why, to, since)
         tell(f"= {fingerprint(journal.live)}")
 
     def adds(*values: Any, **named: Any) -> None:

@@ -404,7 +404,10 @@ def rollback(folder: str, to: int | None, as_json: bool) -> None:
         journal.roll_back(time.time(), "somebody asked for it", to)
         return 0
 
-    _do(folder, "go back", {"command": "rollback", "to": to}, alone)
+    def made() -> bool:
+        return _state_of(folder).live == to != before.live
+
+    _do(folder, {"command": "rollback", "to": to}, alone, made)
     after = _state_of(folder)
     if as_json:
         return print_json({"from": before.live, "live": after.live})
@@ -429,7 +432,7 @@ def forget(folder: str, name: str | None, user: str | None, everything: bool, as
     def alone(journal: Journal) -> int:
         return sum(journal.forget(name, user))
 
-    wiped = _do(folder, "wipe the samples", {"command": "forget", **whom}, alone)
+    wiped = _do(folder, {"command": "forget", **whom}, alone, made=lambda: False)  # doing it twice does no harm
     if as_json:
         return print_json({"samples": wiped})
     return click.echo(f"{wiped:,} samples wiped")
@@ -441,8 +444,9 @@ def _state_of(folder: str) -> State:
     return read_state(Path(folder))
 
 
-def _do(folder: str, what: str, request: Mapping[str, Any], alone: Callable[[Journal], int]) -> int:
-    """Ask the watcher that runs on the folder to do something, and wait; where none runs, do it here.
+def _do(folder: str, request: Mapping[str, Any], alone: Callable[[Journal], int], made: Callable[[], bool]) -> int:
+    """Ask the watcher that runs on the folder to do something, and wait; where none runs, do it here. If it ends before
+    it has answered, or another one takes its place, once more, unless it was `made` already.
 
     Returns:
         How many samples it was about.
@@ -451,30 +455,48 @@ def _do(folder: str, what: str, request: Mapping[str, Any], alone: Callable[[Jou
         UsageError: the watcher says why not.
         FileError: it says nothing.
     """
-    from .. import files
-    from ..watch.journal import ANSWER, REQUEST, Journal, ask
+    from ..watch.journal import Journal, ask
 
-    name = ask(Path(folder), request)
-    if name is None:
-        journal = Journal(Path(folder), None, pending=None)
-        try:
-            return alone(journal)
-        finally:
-            journal.close()
     until = time.monotonic() + PATIENCE
-    while Path(folder, REQUEST).exists():
-        if time.monotonic() > until:
-            Path(folder, REQUEST).unlink(missing_ok=True)
+    while (name := ask(Path(folder), request)) is not None:
+        answer = _answer(Path(folder), name, until)
+        if answer is not None and answer.get("done") is not True:
+            raise UsageError(f"the watcher must {request['command']}, but it did not: {answer.get('why')}")
+        if answer is not None:
+            return int(answer.get("samples") or 0)
+        if made():
+            return 0
+    journal = Journal(Path(folder), None, pending=None)
+    try:
+        return 0 if made() else alone(journal)
+    finally:
+        journal.close()
+
+
+def _answer(folder: Path, name: str, until: float) -> dict[str, Any] | None:
+    """What the watcher says to a request; None if it is not there any more to say it.
+
+    Raises:
+        FileError: it says nothing, and it is late.
+    """
+    from .. import files
+    from ..watch.journal import ANSWER, REQUEST, held
+
+    looked = time.monotonic()
+    while (folder / REQUEST).exists():
+        now = time.monotonic()
+        if now - looked >= LOOK:
+            looked = now
+            if not held(folder):
+                return None
+        if now > until:
+            (folder / REQUEST).unlink(missing_ok=True)
             raise FileError(f"the watcher on {folder} must answer within {PATIENCE:g} s, but it did not: is it stuck?")
         time.sleep(0.05)
-    path = Path(folder, ANSWER)
+    path = folder / ANSWER
     try:
         answer = files.decode_json(files.read_small(path, "an answer"), "an answer", path)
         path.unlink(missing_ok=True)
     except (FileError, OSError):
-        answer = {}
-    if answer.get("request") != name:
-        raise FileError(f"the watcher on {folder} must {what}, but it ended before it said so: ask again")
-    if answer.get("done") is not True:
-        raise UsageError(f"the watcher must {what}, but it did not: {answer.get('why')}")
-    return int(answer.get("samples") or 0)
+        return None
+    return answer if answer.get("request") == name else None

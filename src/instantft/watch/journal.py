@@ -38,7 +38,7 @@ from ..backbones.builtin import Network
 from ..errors import FileError, InstantFTError, MismatchError, UsageError
 from .replay import Replay
 
-__all__ = ["FROZEN", "Journal", "State", "Switch", "Version", "ask", "read_state"]
+__all__ = ["FROZEN", "Journal", "State", "Switch", "Version", "ask", "held", "read_state"]
 
 FORMAT = "instantft-watch"
 VERSION = 1
@@ -55,6 +55,9 @@ PENDING = 4096
 
 PENDING_BYTES = 64 << 20
 """Most room for them, in memory and on the disk."""
+
+BRIEFLY = 0.5
+"""Seconds that a folder may be locked by somebody who only looks whether it is."""
 
 SWITCHES = 500
 """How many switches are remembered: the newest."""
@@ -118,6 +121,7 @@ class State:
         switches: the newest, oldest first.
         since: number of the first sample of the world as it is now.
         wanted: whether there is something to adapt to.
+        needed: labelled samples of that world which the next adaptation waits for; 0: as many as the first.
     """
 
     sequence: int
@@ -132,6 +136,7 @@ class State:
     switches: tuple[Switch, ...] = ()
     since: int = 0
     wanted: bool = False
+    needed: int = 0
 
     @property
     def behind(self) -> int:
@@ -184,11 +189,11 @@ class Journal:
         fresh = (
             read_state(folder) if base is None else State(1, base.hash, base.spec.geometry[0].N, base.spec.C, mean, std)
         )
-        self._lock = _lock(folder)
+        self._lock = _lock(folder, BRIEFLY)
         try:
             self.state = self._recovered(fresh)
             with contextlib.suppress(OSError):
-                (folder / REQUEST).unlink(missing_ok=True)  # of somebody who has given up waiting
+                (folder / REQUEST).unlink(missing_ok=True)  # whoever still waits asks again
             self._clean()
             self.live = self._usable()
             if pending is not None:
@@ -246,8 +251,12 @@ class Journal:
         self.live = adapter
         self._clean()
 
-    def roll_back(self, at: float, why: str, to: int | None = None) -> None:
-        """Go back to the version before the live one, or to `to`, at this time (seconds since 1970).
+    def roll_back(self, at: float, why: str, to: int | None = None, since: int | None = None) -> None:
+        """Go back to the version before the live one, or to `to`, at this time (seconds since 1970). With that nothing
+        is wanted any more: else the samples which led to the adapter would lead to it again.
+
+        Args:
+            since: number of the next sample; None: the one after all that are kept.
 
         Raises:
             UsageError: there is no such version, or none to go back to.
@@ -263,16 +272,18 @@ class Journal:
             name = "the frozen network" if to == FROZEN else f"version {to}"
             raise UsageError(f"a version to go back to must not be the one in use, but {name} is in use")
         adapter = self.adapter(to)
-        self._switched(replace(state, live=to), at, why)
+        since = self.newest + 1 if since is None else since
+        self._switched(replace(state, live=to, since=since, wanted=False, needed=0), at, why)
         self.live = adapter
 
-    def note(self, since: int, wanted: bool) -> None:
-        """Remember where the world of now began, and whether there is something to adapt to.
+    def note(self, since: int, wanted: bool, needed: int = 0) -> None:
+        """Remember where the world of now began, whether there is something to adapt to, and how many labelled samples
+        that needs (0: as many as a first time).
 
         Raises:
             FileError: it cannot be written; until the next commit it is remembered here only.
         """
-        state = replace(self.state, since=since, wanted=wanted)
+        state = replace(self.state, since=since, wanted=wanted, needed=needed)
         if state == self.state:
             return
         try:
@@ -320,6 +331,12 @@ class Journal:
         for store, slots in found:
             store.forget(slots)
         return len(found[1][1]), len(found[0][1])
+
+    @property
+    def newest(self) -> int:
+        """Number of the last sample that the folder tells of."""
+        stores = self.replay, self.waiting
+        return max(self.state.since, *(int(store.number.max(initial=0)) for store in stores))
 
     @property
     def nbytes(self) -> int:
@@ -457,28 +474,39 @@ def ask(folder: Path, request: Mapping[str, Any]) -> str | None:
         FileError: there is no such folder, or it cannot be written.
     """
     read_state(folder)
+    if not held(folder):
+        return None
+    name = secrets.token_hex(8)
+    files.write_whole(folder / REQUEST, json.dumps({**request, "request": name}).encode(), "a request")
+    return name
+
+
+def held(folder: Path) -> bool:
+    """Whether somebody works in a state folder, or it cannot be written."""
     try:
         os.close(_lock(folder))
     except FileError:
-        name = secrets.token_hex(8)
-        files.write_whole(folder / REQUEST, json.dumps({**request, "request": name}).encode(), "a request")
-        return name
-    return None
+        return True
+    return False
 
 
-def _lock(folder: Path) -> int:
+def _lock(folder: Path, patience: float = 0.0) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ADAPTERS).mkdir(exist_ok=True)
         fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as e:
         raise FileError(f"a state folder must be writable, but {folder} is not: {files.reason(e)}") from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise FileError(f"a state folder must be free, but somebody else works in {folder}") from None
-    return fd
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except OSError:
+            if time.monotonic() >= until:
+                os.close(fd)
+                raise FileError(f"a state folder must be free, but somebody else works in {folder}") from None
+        time.sleep(0.01)
 
 
 def _bounded(state: State, most: int, max_bytes: int) -> State:
@@ -534,7 +562,7 @@ def _read(path: Path) -> State | None:
 
 
 def _sensible(s: State) -> bool:
-    whole = [s.sequence, s.values, s.classes, s.live, s.next, s.since]
+    whole = [s.sequence, s.values, s.classes, s.live, s.next, s.since, s.needed]
     numbers: list[float] = []
     for v in s.versions.values():
         whole += [v.number, v.parent, v.samples, v.judged, v.size]

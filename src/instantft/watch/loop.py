@@ -229,13 +229,10 @@ class Loop:
         self._known = Seen.read(base.seen, base.spec.tap_widths) if known is None else known
         self._world = World()
         self._began = self._synced = clock()
-        stores = journal.replay, journal.waiting
-        self._number = max(journal.state.since, *(int(store.number.max(initial=0)) for store in stores))
+        self._number = journal.newest
         self._fresh = self._fresh_since(journal.state.since)
-        self._next = labels
-        while self._next <= self._fresh // 2:
-            self._next *= 2
-        self._take_live()
+        self._next = journal.state.needed or labels
+        self._take_live(journal.state.since)
         self._wait_again()
         self._notes()
 
@@ -474,13 +471,13 @@ class Loop:
     def _drifted(self, by: str, since: int) -> None:
         self.counts["drifts"] += 1
         score, self._next, self._full = self._score(), self._labels, False
-        self._begin(since, wanted=True)
+        self._begin(since)
         self._tell("drift", by=by, since=since, score=round(score, 3), labels=self._fresh, needed=self._next)
 
-    def _begin(self, since: int, wanted: bool) -> None:
-        """From now on the world began with sample `since`."""
+    def _begin(self, since: int, needed: int = 0) -> None:
+        """From now on the world began with sample `since`, and an adaptation is wanted."""
         self._waiting = ""
-        self._try(lambda: self._journal.note(since, wanted))
+        self._try(lambda: self._journal.note(since, True, needed))
         self._fresh = self._fresh_since(since)
 
     def _fresh_since(self, since: int) -> int:
@@ -572,12 +569,11 @@ class Loop:
     def _finish(self, job: Future[_Outcome]) -> None:
         """An adaptation has ended."""
         state = self._journal.state
-        if self._full and not self._stale:
-            self._try(lambda: self._journal.note(state.since, False))  # more of the same would be no news
         try:
             found = job.result()
         except Exception as e:  # whatever it is, predictions go on
             self.counts["errors"] += 1
+            self._answered()
             return self._tell("error", why=f"the adaptation failed, version {state.live} stays: {e}")
         d = found.decision
         entry: Event = {
@@ -597,6 +593,7 @@ class Loop:
             config = {**found.adapter.config, **self._preprocessing(), "estimate": said}
             accepted = self._try(lambda: self._journal.commit(replace(found.adapter, config=config), made, why))
             why = why if accepted else "the new adapter could not be written"
+        self._answered()
         state = self._journal.state
         entry |= {"accepted": accepted, "version": state.live, "why": why}
         self._list({"time": self._clock(), "labels": self.counts["labels"], **entry})
@@ -608,8 +605,14 @@ class Loop:
                 self._roll_back(f"the frozen network is better by {SURE} standard errors: {by}", FROZEN)
             return None
         self.counts["switches"] += 1
-        self._take_live()
+        self._take_live(state.since)
         return self._tell("adapted", **entry)
+
+    def _answered(self) -> None:
+        """Remember, for after a restart too, that there was an adaptation: the next one wants twice the samples, and
+        where there is no room for more there is none, since more of the same would be no news."""
+        if not self._stale:
+            self._try(lambda: self._journal.note(self._journal.state.since, not self._full, self._next))
 
     def _verdict(self, found: _Outcome) -> str:
         d, (old, new, n) = found.decision, found.trusted
@@ -645,12 +648,13 @@ class Loop:
 
     # -- the live version ---------------------------------------------------------------------------------------------
 
-    def _take_live(self) -> None:
-        """Go on with the journal's live version: its errors are unknown yet, and it is on probation."""
+    def _take_live(self, since: int) -> None:
+        """Go on with the journal's live version: its errors are unknown yet, and it is on probation. The world is as
+        it is now since that sample."""
         state, live = self._journal.state, self._journal.live
         self._tensors: Mapping[str, Floats] = {} if live is None else live.tensors
         self._errors, self._own = Adwin(), 0
-        known, accuracy, judged = self._of_frozen() if state.live == FROZEN else (None, None, 0)
+        known, accuracy, judged = self._of_frozen(since) if state.live == FROZEN else (None, None, 0)
         self._world = World(known)
         if accuracy is not None:
             self._errors.expect(1 - accuracy, min(judged, PROMISE))
@@ -680,16 +684,17 @@ class Loop:
             pass  # it is not kept any more: nothing to go back to
         return found
 
-    def _of_frozen(self) -> tuple[Seen | None, float | None, int]:
+    def _of_frozen(self, since: int) -> tuple[Seen | None, float | None, int]:
         """What is to be expected of the frozen network: how its world looks, its accuracy, and by how many samples that
         is known. At first, that it is in the world it was trained in. After a rollback its accuracy is that on the
-        labelled samples of the world as it is now, none of which it was fitted to; and if that is no lower than
-        chance allows, the world is its own again."""
+        labelled samples of the world as it is now, none of which it was fitted to, or on the newest where there is none
+        of that; and if that is no lower than chance allows, the world is its own again."""
         known, state, replay = self._known, self._journal.state, self._journal.replay
         accuracy, samples = (None, 0) if known is None else (known.accuracy, known.samples)
         if not state.switches:
             return known, accuracy, samples
-        slots = np.flatnonzero(replay.number >= max(state.since, 1))
+        slots = np.flatnonzero(replay.number >= max(since, 1))
+        slots = slots if len(slots) else np.flatnonzero(replay.number)
         slots = slots[np.argsort(replay.number[slots])][-PROMISE:]
         x, slots = replay.rows(slots)
         if not len(slots):
@@ -718,15 +723,14 @@ class Loop:
             self._tell("confirmed", version=self._journal.state.live, accuracy=found.before, before=found.after)
 
     def _roll_back(self, why: str, to: int | None = None) -> bool:
-        old = self._journal.state.live
-        if not self._try(lambda: self._journal.roll_back(self._clock(), why, to)):
+        old, since = self._journal.state.live, self._journal.state.since
+        if not self._try(lambda: self._journal.roll_back(self._clock(), why, to, self._number + 1)):
             return False
         self.counts["rollbacks"] += 1
         self.counts["switches"] += 1
-        self._stale, self._next = True, self._labels
-        self._take_live()
+        self._stale, self._next, self._fresh, self._waiting = True, self._labels, 0, ""
+        self._take_live(since)
         self._rivals = {}  # whoever went back does not want to be sent forward
-        self._begin(self._number + 1, wanted=False)
         self._tell("rolled back", old=old, version=self._journal.state.live, why=why)
         return True
 
@@ -736,7 +740,7 @@ class Loop:
         given = command.arguments
         if command.name == "adapt":
             self._next = 2
-            self._begin(self._journal.state.since, wanted=True)
+            self._begin(self._journal.state.since, self._next)
             self._tell("asked", what="adapt", labels=self._fresh)
             return self._consider()
         if command.name == "rollback":
