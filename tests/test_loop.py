@@ -192,7 +192,7 @@ def test_a_restart_does_not_answer_a_drift_again(tmp_path: Path, better: bool) -
     loop = loop_on(journal)
     assert (loop.summary()["needed"], loop.summary()["fresh"]) == (needed, fresh)
     events = run(loop, stream[120:], batch=1)
-    assert [e["samples"] for e in named(events, "adapting")][0] == needed
+    assert named(events, "adapting")[0]["samples"] == needed
     journal.close()
 
 
