@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,11 @@ class Broker:
     def stop(self) -> None:
         self._process.kill()
         self._process.wait()
+
+    def end(self) -> None:
+        """In order: it writes what it is to remember."""
+        self._process.terminate()
+        self._process.wait(30)
 
 
 @pytest.fixture
@@ -157,6 +163,46 @@ def test_the_watcher_listens_and_tells(broker: Broker, base_file: Path, tmp_path
     watcher.process.send_signal(signal.SIGTERM)
     assert watcher.close() == 0
     sensor.close()
+
+
+@needs_broker
+def test_events_wait_for_a_broker_that_is_away(tmp_path: Path) -> None:
+    """All but predictions, which somebody who is away has no use for."""
+    from paho.mqtt import client as mqtt
+    from paho.mqtt.enums import CallbackAPIVersion
+    from paho.mqtt.packettypes import PacketTypes
+    from paho.mqtt.properties import Properties
+
+    broker = Broker(tmp_path, f"allow_anonymous true\nuser root\npersistence true\npersistence_location {tmp_path}/\n")
+    heard: queue.Queue[str] = queue.Queue()
+    ready = threading.Event()
+    listener = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="listener", protocol=mqtt.MQTTv5)
+    listener.on_message = lambda _, __, message: heard.put(json.loads(message.payload)["event"])
+    listener.on_subscribe = lambda *_: ready.set()
+    stays = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+    stays.SessionExpiryInterval = 1000
+    listener.connect("127.0.0.1", broker.port, clean_start=False, properties=stays)
+    listener.loop_start()
+    listener.subscribe("fan/events", qos=1)
+    assert ready.wait(30)
+    client = Mqtt(f"mqtt://127.0.0.1:{broker.port}/fan", LONGEST, JsonLines(SPEC), lambda _: None)
+    client.start()
+    client.publish([{"event": "status"}, {"event": "prediction"}])
+    assert [heard.get(timeout=30) for _ in range(2)] == ["status", "prediction"]
+    broker.end()
+    time.sleep(0.5)  # so that it has seen that the broker is away
+    client.publish([{"event": name} for name in ("prediction", "adapted", "rolled back")])
+    broker.start()
+    assert [heard.get(timeout=60) for _ in range(2)] == ["adapted", "rolled back"]
+    client.publish([{"event": "prediction"}] * 500 + [{"event": "skipped"}] * 500 + [{"event": "status"}])
+    client.close()
+    last = [heard.get(timeout=30) for _ in range(501)]
+    while last[-1] != "status":
+        last.append(heard.get(timeout=30))
+    assert last.count("skipped") == 500
+    listener.disconnect()
+    listener.loop_stop()
+    broker.stop()
 
 
 @needs_broker

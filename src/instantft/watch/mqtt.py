@@ -1,11 +1,14 @@
 """Messages over MQTT 5: a payload is what a line of JSON is elsewhere (`sources`). Events go to ``TOPIC/events``.
 
 The broker is told how long a message may be, and keeps longer ones to itself, so that nobody can fill the memory. Who
-is disconnected connects again; what was published meanwhile is not seen. paho-mqtt is an extra, imported here only.
+is disconnected connects again; what was published meanwhile is not seen. Predictions are sent once (QoS 0), as fast as
+they come; other events until the broker has them (QoS 1), if it was away meanwhile too. paho-mqtt is an extra, imported
+here only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -17,7 +20,7 @@ from ..errors import FileError, UsageError
 from .loop import Event, Message, Skipped
 
 if TYPE_CHECKING:
-    from paho.mqtt.client import Client
+    from paho.mqtt.client import Client, MQTTMessageInfo
 
 __all__ = ["SCHEMES", "Mqtt"]
 
@@ -31,7 +34,10 @@ OVERHEAD = 1024
 """Bytes of an MQTT packet that are not payload: topic, numbers, properties."""
 
 QUEUED = 1024
-"""Events that wait to be sent; more are dropped while the broker is away."""
+"""Events other than predictions that wait for the broker; more are dropped while it is away."""
+
+GOODBYE = 2.0
+"""Seconds that the last events may take."""
 
 
 class Mqtt:
@@ -83,6 +89,7 @@ class Mqtt:
             words = files.reason(e) if isinstance(e, OSError) else str(e)
             raise FileError(f"the broker must be reachable, but {host} is not: {words}") from None
         self._client: Client = client
+        self._last: MQTTMessageInfo | None = None
 
     def start(self) -> None:
         """Take messages from now on."""
@@ -91,10 +98,15 @@ class Mqtt:
     def publish(self, events: Iterable[Event]) -> None:
         """Send events."""
         for event in events:
-            self._client.publish(f"{self._topic}/events", json.dumps(event, allow_nan=False))
+            sure = event["event"] != "prediction"
+            sent = self._client.publish(f"{self._topic}/events", json.dumps(event, allow_nan=False), qos=int(sure))
+            self._last = sent if sure else self._last
 
     def close(self) -> None:
-        """Disconnect."""
+        """Disconnect, once the broker has the last event."""
+        if self._last is not None and self._client.is_connected():
+            with contextlib.suppress(ValueError, RuntimeError):  # it was dropped
+                self._last.wait_for_publish(GOODBYE)
         self._client.disconnect()
         self._client.loop_stop()
 
