@@ -179,7 +179,7 @@ def test_events_wait_for_a_broker_that_is_away(tmp_path: Path) -> None:
     listener = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="listener", protocol=mqtt.MQTTv5)
     listener.on_message = lambda _, __, message: heard.put(json.loads(message.payload)["event"])
     listener.on_subscribe = lambda *_: ready.set()
-    stays = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+    stays = Properties(PacketTypes.CONNECT)
     stays.SessionExpiryInterval = 1000
     listener.connect("127.0.0.1", broker.port, clean_start=False, properties=stays)
     listener.loop_start()
