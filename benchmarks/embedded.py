@@ -7,8 +7,8 @@ The time is an estimate, not a measurement: each hot loop is compiled for a Cort
 and by GCC, -O3, and given to llvm-mca, which tells cycles a turn with everything in the L1 cache; turns follow from the
 shapes. The bytes that do not stay in the L1 cache move at BANDWIDTH. Two figures: the longer of cycles and bytes, and
 both one after the other; a Cortex-A53, in order but with a prefetcher and loads that do not wait, is between them. What
-surrounds the loops is not counted, but for the tables of decoding. llvm-mca lets this processor finish in order only: a
-load behind a multiply-add waits six cycles.
+surrounds the loops is not counted, but for the first turn of a run of codes and its tables. llvm-mca lets this
+processor finish in order only: a load of one register behind a multiply-add waits six cycles.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ CASES = {
 LOOPS = r"""
 #include "codecs.c"
 __attribute__((flatten)) void encode_loop(const float *x, int n, float inv, uint8_t *code) {
-    encode_nf4(x, n, inv, code);
+    encode_bins(x, x + 16, n, inv, code);
+}
+void encode_run_loop(const float *x, int n, float inv, uint8_t *code) {
+    for (int i = 0; i < 256; i++) encode_bins(x, x + i, (n & 255) | 32, inv, code + i);
 }
 __attribute__((flatten)) float peak_loop(const float *x, int n) { return peak(x, n, 0); }
 #include "linalg.h"
@@ -59,34 +62,31 @@ __attribute__((flatten)) float peak_loop(const float *x, int n) { return peak(x,
 void dot_loop(const float *const *x, const float *a, ptrdiff_t lda, int n, float *h, ptrdiff_t ldh) {
     dot_tile(DOT_S, x, 0, a, lda, n, 0, h, ldh);
 }
-void outer_loop(int S, const float *g, ptrdiff_t ldg, const float *const *x, float *a, ptrdiff_t lda) {
-    outer_tile(OUTER_V, S, g, ldg, x, NULL, 0, a, lda);
+void rank_loop(const float *x, ptrdiff_t pitch, const float *w, ptrdiff_t w_pitch, ptrdiff_t groups, float *sum) {
+    neon_rank(x, pitch, w, w_pitch, groups, sum, 256);
 }
-void gemm_loop(const gemm_args *g, const float *a, const float *b, float *c, const float *bias) {
-    gemm_args h = *g;
-    h.ak = 1;
-    gemm_tile(4, 4, &h, a, b, c, bias);
+void decode_loop(const float *scales, const uint8_t *codes, int turns, float *out) {
+    neon_look_up(nf4_levels, scales, codes, codes + 99, 0, turns, out, 256);
 }
-void decode_loop(uint8x16x4_t table, const uint8_t *codes, int turns, float *out) {
-    look_up(table, codes, 0, turns, out);
+void odd_loop(const float *scales, const uint8_t *codes, int turns, float *out) {
+    neon_look_up(nf4_levels, scales, codes, codes + 99, 1, turns, out, 256);
 }
-void odd_loop(uint8x16x4_t table, const uint8_t *codes, int turns, float *out) { look_up(table, codes, 1, turns, out); }
-void table_loop(const float *scales, uint8_t *tables) {
-    for (int i = 0; i < 256; i++) vst1q_u8_x4(tables + 64 * i, value_bytes(nf4_levels, scales[i]));
+void run_loop(const float *scales, const uint8_t *codes, float *out) {
+    for (int i = 0; i < 256; i++) neon_look_up(nf4_levels, scales + i, codes + i, codes + i + 99, 0, 1, out + i, 256);
+}
+void odd_run_loop(const float *scales, const uint8_t *codes, float *out) {
+    for (int i = 0; i < 256; i++) neon_look_up(nf4_levels, scales + i, codes + i, codes + i + 99, 1, 1, out + i, 256);
 }
 void bytes_loop(const uint8_t *x, float *row, int n) {
-    for (int i = 0; i + 32 <= n; i += 32) {
-        const uint8x16_t b[2] = {vld1q_u8(x + i), vld1q_u8(x + i + 16)};
-        float32x4_t v[8];
-        vbytes(b, v);
-        UNROLL for (int j = 0; j < 8; j++) vst1q_f32(row + i + 4 * j, vmulq_n_f32(v[j], (float)(1.0 / 255)));
-    }
+    for (int i = 0; i + 64 <= n; i += 64) vbytes(4, x + i, (float)(1.0 / 255), row + i);
 }
 """ + "".join(
-    f"void conv{n}x{columns}_loop(const conv_args *g, const float *x, const float *w, const float *bias, float *y) "
-    f"{{ conv_args h = *g; h.kw = 5; conv_pool_tile_4({n}, {columns}, &h, x, w, bias, y); }}\n"
-    for n in (2, 3, 4)
-    for columns in (2, 4)
+    f"void {name}_loop(const conv_args *g, const float *x, const float *w, const float *bias, float *y) "
+    f"{{ conv_args h = *g; h.kh = h.kw = 5; conv_pool_{call}, &h, x, w, bias, y); }}\n"
+    for name, call in (
+        *((f"conv{n}x{columns}", f"tile_4({n}, {columns}") for n in (2, 3, 4) for columns in (2, 4)),
+        ("square", "square_4(4"),
+    )
 )
 
 COMPILERS = {
@@ -111,8 +111,9 @@ def loop_cycles(folder: Path, compiler: Sequence[str]) -> dict[str, float]:
     for loop in re.findall(r"\b(\w+)_loop\(", LOOPS, re.MULTILINE):
         body = re.search(rf"^{loop}_loop:[^\n]*\n(.*?)^\s*\.size\s+{loop}_loop", text, re.MULTILINE | re.DOTALL)
         assert body, loop
-        loop_code = _innermost(body[1].splitlines())
-        (folder / "one.s").write_text("\n".join(loop_code) + "\n")
+        loop_code = _loop(body[1].splitlines(), around=loop.endswith("run"))
+        named = [re.sub(r"(?<=\s)\d[bf]$", ".Lthere", line) for line in loop_code]  # llvm-mca knows no "1b"
+        (folder / "one.s").write_text("\n".join(named) + "\n")
         found = subprocess.run(
             ["llvm-mca", "-march=aarch64", "-mcpu=cortex-a53", "-iterations=200", folder / "one.s"],
             capture_output=True,
@@ -121,34 +122,40 @@ def loop_cycles(folder: Path, compiler: Sequence[str]) -> dict[str, float]:
         )
         total = re.search(r"Total Cycles:\s+(\d+)", found.stdout)
         assert total
+        assert "error" not in found.stderr, found.stderr
         cycles[loop] = int(total[1]) / 200
         at_once = 1  # turns that the compiler made one
         if loop == "bytes":
             at_once = sum(1 for x in loop_code if re.match(r"(str\s+q|st1\s+\{v\d+\.4s)", x))
             at_once += 2 * sum(1 for x in loop_code if re.match(r"stp\s+q", x))
-        elif loop in ("encode", "peak"):
-            at_once = 4
-        elif loop in ("dot", "gemm", "outer"):
+        elif loop in ("dot", "rank"):
             at_once = sum(x.startswith("fmla") for x in loop_code) // 16
         assert at_once, loop_code
         cycles[loop] /= at_once
     return cycles
 
 
-def _innermost(lines: Sequence[str]) -> list[str]:
-    """The instructions of the loop without another in it that has most vector arithmetic."""
+def _loop(lines: Sequence[str], around: bool = False) -> list[str]:
+    """The instructions of the loop without another in it that has most vector arithmetic, or of the outermost one
+    around it, without it."""
     code = [line.split("//")[0].strip() for line in lines]
-    labels = {line[:-1]: i for i, line in enumerate(code) if line.endswith(":")}
+    labels: dict[str, int] = {}
     loops = []
     for i, line in enumerate(code):
+        if line.endswith(":"):
+            labels[line[:-1]] = labels[f"{line[:-1]}b"] = i  # "1b" is the last "1" above
         target = line.split()[-1] if re.match(r"(b\.?\w*|cbn?z|tbn?z)\s", line) else ""
-        if target in labels and labels[target] < i:
+        if target in labels:
             loops.append((labels[target], i))
-    inner = [(a, b) for a, b in loops if not any(a <= c and d < b for c, d in loops)]
-    kept = [[x for x in code[a : b + 1] if x and not x.endswith(":") and x[0] != "."] for a, b in inner]
+    assert loops, lines[0]
     counted = ("fmla", "fmul", "fcmgt", "fabs", "bsl", "bif", "bit", "tbl")
-    assert kept, lines[0]
-    return max(kept, key=lambda loop: sum(x.startswith(counted) for x in loop))
+    inner = [(a, b) for a, b in loops if not any(a <= c and d < b for c, d in loops)]
+    first, last = max(inner, key=lambda x: sum(line.startswith(counted) for line in code[x[0] : x[1] + 1]))
+    taken = [*range(first, last + 1)]
+    if around:
+        a, b = max(((a, b) for a, b in loops if a < first and last < b), key=lambda x: x[1] - x[0])
+        taken = [*range(a, first), *range(last + 1, b + 1)]
+    return [line for line in (code[i] for i in taken) if line and line[0] not in ".#" and line[-1] != ":"]
 
 
 @dataclass(frozen=True)
@@ -188,17 +195,22 @@ def fill(spec: NetSpec, cycles: dict[str, float]) -> Phase:
             columns = g.linear_shape[2] // 2
             for tile in tiles(layer.out):
                 turns[f"conv{tile}x4"] += rows * (columns // 2) / 4
-                turns[f"conv{tile}x2"] += rows * (columns % 2) / 4
+                if tile == 4:  # two rows at once
+                    turns["square"] += rows / 2 * (columns % 2) / 4
+                else:
+                    turns[f"conv{tile}x2"] += rows * (columns % 2) / 4
             products += taps * math.prod(g.linear_shape)
         else:
-            turns["gemm"] += g.N * pad(layer.out) / 16 / 4
+            turns["rank"] += g.N * pad(layer.out) / 16 / 4
             weights += 4 * g.N * pad(layer.out)
             products += g.N * layer.out
     if spec.layers[0].kind == "conv":
         turns["bytes"] += spec.geometry[0].N / 4
-    turns["encode"] = turns["peak"] = sum(
-        s.groups * 4 * math.ceil(s.size / s.groups / 16) for s in spec.record.segments
-    )
+    for segment in spec.record.segments:
+        blocks = math.ceil(segment.size / segment.groups / 16)
+        turns["encode_run"] += segment.groups
+        turns["encode"] += segment.groups * (blocks - 1)
+        turns["peak"] += segment.groups * blocks
     moved = weights / HELD + 2 * spec.geometry[0].N + spec.record.size / 2
     return Phase(products / 4 / CLOCK, sum(turns[k] * cycles[k] for k in cycles) / CLOCK, moved / BANDWIDTH)
 
@@ -217,15 +229,15 @@ def step(spec: NetSpec, cycles: dict[str, float]) -> Phase:
     N, input_width = sum(pad(g.N) for g in spec.geometry), spec.geometry[0].N
     turns = dict.fromkeys(cycles, 0.0)
     turns["dot"] = math.ceil(BATCH / 4) * N / 4
-    turns["outer"] = BATCH * N / 16
+    turns["rank"] = BATCH * N / 16
     turns["bytes"] = 2 * BATCH * input_width / 4
     for segment in spec.record.segments:
         n = segment.size // segment.groups
         for first in range(0, segment.size, n):  # a group, cut where a part of COLUMNS ends
             ends = {first, first + n, *range(-(-first // COLUMNS) * COLUMNS, first + n, COLUMNS)}
             for a, b in pairwise(sorted(ends)):
-                turns["odd" if a % 2 else "decode"] += 2 * BATCH * math.ceil((b - a) / 32)
-                turns["table"] += 2 * BATCH
+                turns["odd" if a % 2 else "decode"] += BATCH * (math.ceil((b - a) / 32) - 1)
+                turns["odd_run" if a % 2 else "run"] += BATCH
     A, columns = 4 * RANK * N, min(COLUMNS, pad(max(g.N for g in spec.geometry)))
     assert 4 * columns * (BATCH + RANK) < L1
     moved = 2 * BATCH * (spec.record.size / 2 + input_width)  # codes

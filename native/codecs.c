@@ -5,6 +5,10 @@
 
 #include "vec.h"
 
+#if IFT_BY_LANE
+#include "neon.h"
+#endif
+
 #include <math.h>
 
 /* Dettmers et al. 2023 (QLoRA), appendix E. */
@@ -191,10 +195,84 @@ static void encode_table(const float *t, const float *x, int n, float inv, uint8
     }
 }
 
+#if IFT_BY_LANE
+/* The 16 values of a run, level times scale, byte by byte. */
+INLINE uint8x16x4_t value_bytes(const float *levels, float scale) {
+    uint8x16_t v[4], even[2], odd[2];
+    UNROLL for (int k = 0; k < 4; k++) v[k] = vreinterpretq_u8_f32(vmulq_n_f32(vld1q_f32(levels + 4 * k), scale));
+    UNROLL for (int k = 0; k < 2; k++) {
+        even[k] = vuzp1q_u8(v[2 * k], v[2 * k + 1]);
+        odd[k] = vuzp2q_u8(v[2 * k], v[2 * k + 1]);
+    }
+    return (uint8x16x4_t){{vuzp1q_u8(even[0], even[1]), vuzp1q_u8(odd[0], odd[1]), vuzp2q_u8(even[0], even[1]),
+                           vuzp2q_u8(odd[0], odd[1])}};
+}
+/* How many thresholds of nf4 lie below the 64 bins of (v + 125/128)·32, |v| <= 1, none of which holds two of them. */
+static const uint8_t nf4_bins[64] = {0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3, 3, 3, 4,
+                                     4, 4, 5, 5, 5, 6, 6, 6, 7, 7, 7, 8, 8, 8, 9, 9, 10, 10, 10, 11, 11, 11,
+                                     12, 12, 12, 12, 13, 13, 13, 13, 14, 14, 14, 14, 14, 14, 14, 15, 15, 15, 15, 15};
+typedef struct bin16 {
+    float32x4_t v[4];
+    uint8x16_t least; /* of each v, its code or one less */
+} bin16;
+INLINE uint8x16_t narrow(uint32x4_t a, uint32x4_t b, uint32x4_t c, uint32x4_t d) {
+    uint16x8_t low = vuzp1q_u16(vreinterpretq_u16_u32(a), vreinterpretq_u16_u32(b));
+    uint16x8_t high = vuzp1q_u16(vreinterpretq_u16_u32(c), vreinterpretq_u16_u32(d));
+    return vuzp1q_u8(vreinterpretq_u8_u16(low), vreinterpretq_u8_u16(high));
+}
+INLINE bin16 find_bins(const float *x, float inv, uint8x16x4_t bins) {
+    bin16 b;
+    uint32x4_t at[4];
+    UNROLL for (int j = 0; j < 4; j++) {
+        b.v[j] = vmulq_n_f32(vld1q_f32(x + 4 * j), inv);
+        at[j] = vcvtq_n_u32_f32(vaddq_f32(b.v[j], vdupq_n_f32(125.0f / 128)), 5); /* of NaN, and below 0: 0 */
+    }
+    b.least = vqtbl4q_u8(bins, narrow(at[0], at[1], at[2], at[3]));
+    return b;
+}
+/* t: the four bytes of the thresholds */
+INLINE void compare_bins(const bin16 *b, uint8x16x4_t t, uint8_t *code) {
+    uint8x16_t byte[4], low[2], high[2];
+    uint32x4_t above[4];
+    UNROLL for (int j = 0; j < 4; j++) byte[j] = vqtbl1q_u8(t.val[j], b->least);
+    UNROLL for (int k = 0; k < 2; k++) {
+        low[k] = vzip1q_u8(byte[2 * k], byte[2 * k + 1]);
+        high[k] = vzip2q_u8(byte[2 * k], byte[2 * k + 1]);
+    }
+    UNROLL for (int k = 0; k < 2; k++) {
+        const uint16x8_t first = vreinterpretq_u16_u8(k ? high[0] : low[0]);
+        const uint16x8_t second = vreinterpretq_u16_u8(k ? high[1] : low[1]);
+        above[2 * k] = vcgtq_f32(b->v[2 * k], vreinterpretq_f32_u16(vzip1q_u16(first, second)));
+        above[2 * k + 1] = vcgtq_f32(b->v[2 * k + 1], vreinterpretq_f32_u16(vzip2q_u16(first, second)));
+    }
+    vst1q_u8(code, vsubq_u8(b->least, narrow(above[0], above[1], above[2], above[3])));
+}
+/* Codes of n >= 16 values, 16 at a time, the last ones moved back to end with them; the bins of the next ones are found
+ * meanwhile. */
+INLINE void encode_bins(const float *t, const float *x, int n, float inv, uint8_t *code) {
+    const uint8x16x4_t bins = vld1q_u8_x4(nf4_bins), bytes = value_bytes(t, 1.0f);
+    bin16 b = find_bins(x, inv, bins);
+    for (; n > 16; n -= 16) {
+        const int step = n < 32 ? n - 16 : 16;
+        x += step;
+        const bin16 next = find_bins(x, inv, bins);
+        compare_bins(&b, bytes, code);
+        b = next, code += step;
+    }
+    compare_bins(&b, bytes, code);
+}
+#endif
+
 static void encode_nf4(const float *x, int n, float inv, uint8_t *code) {
     float t[16];
     for (int j = 0; j < 15; j++) t[j] = (float)(((double)nf4_levels[j] + (double)nf4_levels[j + 1]) / 2);
     t[15] = INFINITY;
+#if IFT_BY_LANE
+    if (n >= 16) {
+        encode_bins(t, x, n, inv, code);
+        return;
+    }
+#endif
     encode_table(t, x, n, inv, code);
 }
 
@@ -446,23 +524,27 @@ INLINE void look_up(uint8x16x4_t table, const uint8_t *p, int odd, int turns, fl
         vst4q_u8(to + 64, v[1]);
     }
 }
-/* The 16 values of a run, level times scale, byte by byte. */
-INLINE uint8x16x4_t value_bytes(const float *levels, float scale) {
-    uint8x16_t v[4], even[2], odd[2];
-    UNROLL for (int k = 0; k < 4; k++) v[k] = vreinterpretq_u8_f32(vmulq_n_f32(vld1q_f32(levels + 4 * k), scale));
-    UNROLL for (int k = 0; k < 2; k++) even[k] = vuzp1q_u8(v[2 * k], v[2 * k + 1]), odd[k] = vuzp2q_u8(v[2 * k], v[2 * k + 1]);
-    return (uint8x16x4_t){{vuzp1q_u8(even[0], even[1]), vuzp1q_u8(odd[0], odd[1]), vuzp2q_u8(even[0], even[1]),
-                           vuzp2q_u8(odd[0], odd[1])}};
-}
 static const float steps[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-/* Blocks of 32. What is written past the end of the run is put right as below. */
+INLINE int whole_turns(const ift_run *u, int room) {
+    const int all = (u->n + 31) / 32;
+    return all <= room / 32 ? all : room / 32;
+}
+/* Blocks of 32. What is written past the end of the run is put right as below. Returns how many values that was. */
 INLINE int decode_many(const ift_run *u, const uint8_t *codes, const float *levels, float scale, float *out, int room) {
-    const int all = (u->n + 31) / 32, turns = all <= room / 32 ? all : room / 32;
+    const int turns = whole_turns(u, room);
     if (turns <= 0) return 0;
     const uint8x16x4_t table = value_bytes(levels ? levels : steps, scale);
     codes += u->code >> 1;
     if (u->code & 1) look_up(table, codes, 1, turns, out);
     else look_up(table, codes, 0, turns, out);
+    return 32 * turns;
+}
+/* The same of two rows, `pitch` apart. */
+INLINE int decode_pairs(const ift_run *u, const uint8_t *const codes[2], const float *levels, const float scale[2],
+                        float *out, ptrdiff_t pitch, int room) {
+    const int turns = whole_turns(u, room), at = u->code >> 1;
+    if (turns <= 0) return 0;
+    neon_look_up(levels ? levels : steps, scale, codes[0] + at, codes[1] + at, u->code & 1, turns, out, pitch);
     return 32 * turns;
 }
 #endif
@@ -471,19 +553,15 @@ INLINE int decode_many(const ift_run *u, const uint8_t *codes, const float *leve
  * values that was. room: floats from out to the end of the row. */
 #if IFT_VL > 1
 INLINE int decode_vectors(const ift_run *u, const uint8_t *codes, int bits, const float *levels, float scale, float *out,
-                          int room) {
-    const uint8_t *p = codes + (u->code * bits >> 3);
+                          int room, int i) {
+    const uint8_t *p = codes + ((u->code + i) * bits >> 3);
     const int first = u->code * bits & 7;
-    int i = 0;
 #if IFT_VL == 8
     const vwords shift = bits == 4 ? (vwords){0, 4, 8, 12, 16, 20, 24, 28} : (vwords){0, 2, 4, 6, 8, 10, 12, 14};
 #else
     const vwords shift = bits == 4 ? (vwords){0, 4, 8, 12} : (vwords){0, 2, 4, 6};
 #endif
     const vwords mask = (vwords){0} + (bits == 4 ? 15u : 3u);
-#if IFT_BY_LANE
-    if (bits == 4) i = decode_many(u, codes, levels, scale, out, room), p += i / 2;
-#endif
     for (; i < u->n && i + IFT_VL <= room; i += IFT_VL, p += IFT_VL * bits / 8) {
         uint64_t w;
         memcpy(&w, p, 8);
@@ -509,8 +587,11 @@ INLINE int decode_vectors(const ift_run *u, const uint8_t *codes, int bits, cons
 INLINE void decode_levels(const ift_run *u, const uint8_t *codes, int bits, const float *levels, float scale, float *out,
                           int room) {
     int i = 0;
+#if IFT_BY_LANE
+    if (bits == 4) i = decode_many(u, codes, levels, scale, out, room);
+#endif
 #if IFT_VL > 1
-    i = decode_vectors(u, codes, bits, levels, scale, out, room);
+    i = decode_vectors(u, codes, bits, levels, scale, out, room, i);
 #else
     (void)room;
 #endif
@@ -583,6 +664,19 @@ static void decode_one(const ift_codec *c, const uint8_t *in, const ift_run *u, 
     else decode_scaled(c, in, u, bits, out, room);
 }
 
+#if IFT_BY_LANE
+/* The same run of two records, codes of 4 bits: what one waits for the other makes use of. */
+INLINE void decode_two(const ift_codec *c, const uint8_t *const in[2], const ift_run *u, float *out, ptrdiff_t pitch,
+                       int room) {
+    const float *levels = u->levels ? nf4_levels : NULL;
+    const float scale[2] = {scale_at(c, in[0], u->scale), scale_at(c, in[1], u->scale)};
+    const uint8_t *const codes[2] = {in[0] + c->codes_at, in[1] + c->codes_at};
+    const int i = decode_pairs(u, codes, levels, scale, out, pitch, room);
+    for (int s = 0; s < 2 && i < u->n; s++, out += pitch)
+        decode_rest(u, codes[s], 4, levels, scale[s], out, decode_vectors(u, codes[s], 4, levels, scale[s], out, room, i));
+}
+#endif
+
 /* Codes of 8, 4 and 2 bits, run by run or in blocks. */
 static void decode_codes(const ift_codec *c, const uint8_t *in, float *row, int width) {
 #if IFT_VL == 16
@@ -612,14 +706,16 @@ void codec_decode(const ift_plan *p, const ift_codec *c, const uint8_t *in, floa
     }
 }
 
-int codec_decode_part(const ift_plan *p, const ift_codec *c, const uint8_t *in, int k, int first, int last, int run,
-                      float *out) {
+int codec_decode_part(const ift_plan *p, const ift_codec *c, const uint8_t *records, const uint32_t *numbers, int m, int k,
+                      int first, int last, int run, float *out, ptrdiff_t pitch) {
     int n;
     const int at = (int)segment_at(p, k, &n), end = last < n ? last : n;
+#define RECORD(s) (records + (size_t)numbers[s] * (size_t)c->stride)
     if (c->id == IFT_FP32) {
-        memcpy(out, in + 4 * (at + first), (size_t)(end - first) * sizeof *out);
+        for (int s = 0; s < m; s++)
+            memcpy(out + s * pitch, RECORD(s) + 4 * (at + first), (size_t)(end - first) * sizeof *out);
     } else if (k >= c->kept_first) {
-        decode_kept(p, c, in, k, first, end, out);
+        for (int s = 0; s < m; s++) decode_kept(p, c, RECORD(s), k, first, end, out + s * pitch);
     } else {
         const ift_span *span = c->spans;
         for (; run < c->runs_n && c->runs[run].at < at + end; run++) {
@@ -629,10 +725,19 @@ int codec_decode_part(const ift_plan *p, const ift_codec *c, const uint8_t *in, 
             if (skip > 0) u.at += skip, u.code += skip, u.n -= skip;
             if (over > 0) u.n -= over;
             while (run >= span->runs_to) span++;
-            decode_one(c, in, &u, span->bits, out + u.at - at - first, last - (u.at - at));
+            const int bits = span->bits, room = (int)pitch - (u.at - at - first);
+            float *to = out + u.at - at - first;
+            int s = 0;
+#if IFT_BY_LANE
+            for (; bits == 4 && !(IFT_FIXED && c->fixed) && s + 2 <= m; s += 2)
+                decode_two(c, (const uint8_t *const[2]){RECORD(s), RECORD(s + 1)}, &u, to + s * pitch, pitch, room);
+#endif
+            for (; s < m; s++) decode_one(c, RECORD(s), &u, bits, to + s * pitch, room);
             if (over > 0) break;
         }
     }
-    for (int i = end; i < last; i++) out[i - first] = 0;
+#undef RECORD
+    for (int s = 0; s < m; s++)
+        for (int i = end; i < last; i++) out[s * pitch + i - first] = 0;
     return run;
 }

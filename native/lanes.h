@@ -110,6 +110,14 @@ INLINE void LN(conv_tile)(int oc, int rb, int cb, const conv_args *g, const floa
         UNROLL for (int r = 0; r < rb; r++)
             UNROLL for (int c = 0; c < cb; c++) acc[o][r][c] = LN(set)(bias ? bias[o] : 0);
 #if IFT_BY_LANE
+    if ((oc == 3 || oc == 4) && rb == 1 && cb == 4 && g->kw == 5 && g->kh > 1 && ky1 - ky0 == g->kh) {
+        neon_conv_row(oc, g->ic, g->kh, x, g->x_pitch * LW, g->x_plane * LW, w, (float *)acc);
+        return;
+    }
+    if (oc == 4 && rb == 2 && cb == 2 && g->kw == 5 && g->kh > 1 && ky1 - ky0 == g->kh) {
+        neon_conv_square(g->ic, g->kh, x, g->x_pitch * LW, g->x_plane * LW, w, (float *)acc);
+        return;
+    }
     if (oc > 1 && rb == 1 && g->kw == 5) {
         LN(conv_kernel)(oc, cb, 5, g, x, w, ky0, ky1, acc);
         return;
@@ -163,6 +171,17 @@ INLINE void LN(conv_row)(int oc, const conv_args *g, const float *x, const float
 }
 
 /* Two rows of outputs and the 2×2 maximum of each pair of columns, ReLU where asked for. */
+/* One pooled output of each channel, from two rows of two. */
+INLINE void LN(conv_pool_square)(int oc, const conv_args *g, const float *x, const float *w, const float *bias, float *y) {
+    LV acc[LANE_OUT][2][4];
+    LN(conv_tile)(oc, 2, 2, g, x, w, 0, g->kh, bias, acc);
+    UNROLL for (int o = 0; o < oc; o++) {
+        LV m = LN(max)(LN(max)(acc[o][0][0], acc[o][0][1]), LN(max)(acc[o][1][0], acc[o][1][1]));
+        if (g->relu) m = LN(max)(LN(set)(0), m);
+        LN(store)(y + o * g->y_plane * LW, m);
+    }
+}
+/* Two rows of outputs and the 2×2 maximum of each pair of columns, ReLU where asked for. */
 #if IFT_BY_LANE /* row by row: four columns of one need fewer loads than two of two */
 INLINE void LN(conv_pool_tile)(int oc, int cb, const conv_args *g, const float *x, const float *w, const float *bias,
                                float *y) {
@@ -179,19 +198,13 @@ INLINE void LN(conv_pool_tile)(int oc, int cb, const conv_args *g, const float *
 INLINE void LN(conv_pool_row)(int oc, const conv_args *g, const float *x, const float *w, const float *bias, float *y) {
     int c = 0;
     for (; c + 2 <= g->ow; c += 2) LN(conv_pool_tile)(oc, 4, g, x + 2 * c * LW, w, bias, y + c * LW);
-    if (c < g->ow) LN(conv_pool_tile)(oc, 2, g, x + 2 * c * LW, w, bias, y + c * LW);
+    if (c == g->ow) return;
+    if (oc == 4) LN(conv_pool_square)(oc, g, x + 2 * c * LW, w, bias, y + c * LW);
+    else LN(conv_pool_tile)(oc, 2, g, x + 2 * c * LW, w, bias, y + c * LW);
 }
 #else
 INLINE void LN(conv_pool_row)(int oc, const conv_args *g, const float *x, const float *w, const float *bias, float *y) {
-    for (int c = 0; c < g->ow; c++) {
-        LV acc[LANE_OUT][2][4];
-        LN(conv_tile)(oc, 2, 2, g, x + 2 * c * LW, w, 0, g->kh, bias, acc);
-        UNROLL for (int o = 0; o < oc; o++) {
-            LV m = LN(max)(LN(max)(acc[o][0][0], acc[o][0][1]), LN(max)(acc[o][1][0], acc[o][1][1]));
-            if (g->relu) m = LN(max)(LN(set)(0), m);
-            LN(store)(y + (o * g->y_plane + c) * LW, m);
-        }
-    }
+    for (int c = 0; c < g->ow; c++) LN(conv_pool_square)(oc, g, x + 2 * c * LW, w, bias, y + c * LW);
 }
 #endif
 

@@ -6,6 +6,10 @@
 
 #include "vec.h"
 
+#if IFT_BY_LANE
+#include "neon.h"
+#endif
+
 ALL_REGISTERS
 
 enum gemm_start { FROM_ZERO, FROM_C, FROM_BIAS };
@@ -35,7 +39,14 @@ INLINE void gemm_tile(int m, int v, const gemm_args *g, const float *a, const fl
     }
     ptrdiff_t k = 0;
 #if IFT_BY_LANE
-    if (g->ak == 1) {
+    if (m == 4 && v == 4 && g->ak == 1 && g->K >= 4) {
+#define SUMS UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < 4; j++)
+        SUMS vstore(c + i * g->ldc + j * IFT_VL, acc[i][j]);
+        neon_rank(b, g->ldb, a, g->ai, g->K / 4, c, g->ldc);
+        SUMS acc[i][j] = vload(c + i * g->ldc + j * IFT_VL);
+#undef SUMS
+        k = g->K / 4 * 4;
+    } else if (g->ak == 1) {
         const int deep = m * v + 2 * v + m <= 29 ? 2 : 1; /* rows of b at a time */
         const float *ap = a, *bp[2] = {b, b + g->ldb};
         k = g->K / 4 * 4;
@@ -270,6 +281,17 @@ static void outer(int S, const float *const *x, const float *const *next, ptrdif
         const float *gr = g + r * ldg;
         float *ar = a + r * lda;
         int i = 0;
+#if IFT_BY_LANE
+        int apart = S > 3 && !next; /* rows lie evenly apart */
+        for (int s = 2; s < S && apart; s++) apart = x[s] - x[s - 1] == x[1] - x[0];
+        if (apart) {
+            const int done = S / 4 * 4;
+            for (; i + 16 <= n; i += 16) {
+                neon_rank(x[0] + shift + i, x[1] - x[0], gr, ldg, S / 4, ar + i, lda);
+                if (done < S) outer_tile(OUTER_V, S - done, gr + done, ldg, x + done, NULL, shift + i, ar + i, lda);
+            }
+        }
+#endif
         for (; i + OUTER_V * IFT_VL <= n; i += OUTER_V * IFT_VL)
             outer_tile(OUTER_V, S, gr, ldg, x, r ? NULL : next, shift + i, ar + i, lda);
         for (; i < n; i += IFT_VL) outer_tile(1, S, gr, ldg, x, NULL, shift + i, ar + i, lda);

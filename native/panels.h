@@ -6,6 +6,10 @@
 #include "instantft.h"
 #include "vec.h"
 
+#if IFT_BY_LANE
+#include "neon.h"
+#endif
+
 ALL_REGISTERS
 
 #define GLUE2(a, b) a##b

@@ -157,14 +157,17 @@ INLINE v4 vsum4(vf a, vf b, vf c, vf d) {
     return SHUFFLE(i4, xy, zw, 0, 1, 4, 5) + SHUFFLE(i4, xy, zw, 2, 3, 6, 7);
 }
 #if IFT_BY_LANE
-/* 32 bytes as floats. */
-INLINE void vbytes(const uint8x16_t b[2], float32x4_t v[8]) {
-    uint16x8_t wide[4];
-    UNROLL for (int k = 0; k < 2; k++) wide[2 * k] = vmovl_u8(vget_low_u8(b[k])), wide[2 * k + 1] = vmovl_high_u8(b[k]);
-    UNROLL for (int k = 0; k < 4; k++) {
-        v[2 * k] = vcvtq_f32_u32(vmovl_u16(vget_low_u16(wide[k])));
-        v[2 * k + 1] = vcvtq_f32_u32(vmovl_high_u16(wide[k]));
-    }
+/* 16·n bytes times a scale; n is constant at every call. A table look-up spreads four bytes over a register. */
+INLINE void vbytes(int n, const uint8_t *x, float scale, float *to) {
+    uint8x16_t b[4];
+    UNROLL for (int i = 0; i < n; i++) b[i] = vld1q_u8(x + 16 * i);
+    UNROLL for (int i = 0; i < n; i++)
+        UNROLL for (uint32_t k = 0; k < 4; k++) {
+            const uint32x4_t first = {0x80808000, 0x80808001, 0x80808002, 0x80808003};
+            const uint32x4_t at = vaddq_u32(first, vdupq_n_u32(4 * k));
+            const float32x4_t v = vcvtq_f32_u32(vreinterpretq_u32_u8(vqtbl1q_u8(b[i], vreinterpretq_u8_u32(at))));
+            vst1q_f32(to + 16 * i + 4 * k, vmulq_n_f32(v, scale));
+        }
 }
 /* Here w to z, of which every product that follows needs one, the first na of a and nb of b (8 at most) must be in registers,
  * and p, q and n have their next values: a processor that runs in order stops where loads and sums lie between products. */

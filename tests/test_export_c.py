@@ -518,14 +518,16 @@ def test_stack_and_code_stay_below_what_is_counted(tmp_path: Path, method: str, 
     assert max(map(deepest, api)) > 300
 
 
-def digest(folder: Path, target: str, *arguments: object, program: str = "digest.c") -> list[str]:
+def digest(
+    folder: Path, target: str, *arguments: object, program: str = "digest.c", optimise: str = "-O1"
+) -> list[str]:
     done = subprocess.run(
         [TOOLS / "run", folder, target, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
-        env={**os.environ, "OPT": "-O1", "PROGRAM": program},
+        env={**os.environ, "OPT": optimise, "PROGRAM": program},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -594,6 +596,19 @@ def test_codes_are_the_same_with_vectors_of_four(tmp_path: Path, cache: str) -> 
     if missing:
         pytest.skip(f"not here: {', '.join(missing)}")
     assert digest(tmp_path / "4", "a53", program="rows.c") == here
+
+
+@pytest.mark.slow
+def test_kernels_for_vectors_of_four_are_the_plain_loops(tmp_path: Path) -> None:
+    """Convolutions, products and outer products of many shapes, the assembly of native/neon.h among them: every sum is
+    that of a plain loop with one rounding a step. Below -O2, GCC does not fuse what is not assembly."""
+    missing = [tool for tool in NEEDED["a53"] if not shutil.which(tool)]
+    if missing:
+        pytest.skip(f"not here: {', '.join(missing)}")
+    export_c(network(samples.SPEC), None, tmp_path / "c", samples=2, lanes=4)
+    count, differ = digest(tmp_path / "c", "a53", program="kernels.c", optimise="-O2")
+    assert int(count.removeprefix("kernels ")) > 1000
+    assert differ == "that differ 0"
 
 
 def test_orders_are_drawn_from_the_same_start() -> None:

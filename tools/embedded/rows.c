@@ -12,7 +12,8 @@
 enum { ROWS = 64, WIDTH = IFT_ROW_WIDTH };
 extern const ift_layer_desc instantft_layers[];
 static uint64_t memory[IFT_RUNS_BYTES / 8];
-static float row[WIDTH], all[WIDTH], part[WIDTH + 32];
+static const uint32_t numbers[3];
+static float row[WIDTH], all[WIDTH], part[3 * (WIDTH + 32)];
 static uint8_t codes[IFT_STRIDE + 64], scratch[2 * WIDTH + 64];
 static ift_plan plan;
 static ift_codec codec;
@@ -39,6 +40,7 @@ int main(void) {
             row[i] = r % 3 == 1 && v < 0 ? 0 : r % 3 == 2 ? v * v * v * 1e-3f : v; /* as after a ReLU; mostly small */
             if (r == 3 && i % 40 < 20) row[i] = 0; /* whole groups of zeros */
             if (r == 4) row[i] = roundf(16 * v);   /* ties */
+            if (r == 6) row[i] = i % 65 < 64 ? (float)(i % 65) / 32 - 125.0f / 128 : 1; /* between bins of encode_bins */
         }
         if (r == 5) row[1] = NAN;
         for (int k = 1; k <= plan.L; k++) /* gaps are zero in every row */
@@ -50,11 +52,13 @@ int main(void) {
         codec_decode(&plan, &codec, codes, all);
         for (int k = 1, run = 0; k <= plan.L; k++) {
             const float *want = all + (k < plan.L ? plan.layer[k].tap : plan.output_at);
-            int n = k < plan.L ? plan.layer[k].N : plan.C, width = (int)ift_pad(n), columns = 16 * (1 + r % 5);
+            int n = k < plan.L ? plan.layer[k].N : plan.C, width = (int)ift_pad(n);
+            const int columns = 16 * (1 + r % 5), m = 1 + r % 3;
             for (int first = 0; first < width; first += columns) {
-                int last = first + columns < width ? first + columns : width;
-                run = codec_decode_part(&plan, &codec, codes, k, first, last, run, part);
-                for (int i = first; i < last; i++) differ += part[i - first] != want[i];
+                int last = first + columns < width ? first + columns : width, pitch = last - first + r % 2 * 32;
+                run = codec_decode_part(&plan, &codec, codes, numbers, m, k, first, last, run, part, pitch);
+                for (int i = first; i < last; i++)
+                    for (int s = 0; s < m; s++) differ += part[s * pitch + i - first] != want[i];
             }
             decoded = hash(decoded, want, (size_t)n * sizeof *want);
         }

@@ -139,12 +139,8 @@ static int prepare(const instantft_value *x, int first, int last, float *to) {
 #if IFT_INPUT8
     int at = first;
 #if IFT_BY_LANE
-    for (; at + 32 <= end; at += 32) {
-        const uint8x16_t b[2] = {vld1q_u8(x + at), vld1q_u8(x + at + 16)};
-        float32x4_t v[8];
-        vbytes(b, v);
-        UNROLL for (int j = 0; j < 8; j++) vst1q_f32(to + at - first + 4 * j, vmulq_n_f32(v[j], (float)(1.0 / 255)));
-    }
+    for (; at + 64 <= end; at += 64) vbytes(4, x + at, (float)(1.0 / 255), to + at - first);
+    for (; at + 16 <= end; at += 16) vbytes(1, x + at, (float)(1.0 / 255), to + at - first);
 #endif
     for (; at < end; at++) to[at - first] = (float)x[at] * (float)(1.0 / 255);
 #else
@@ -178,13 +174,18 @@ static uint8_t *kept_input(const instantft *t, int i) { return t->arena + IFT_AT
 static uint8_t *kept_record(const instantft *t, int i) { return t->arena + IFT_AT_CACHE + (size_t)i * IFT_STRIDE; }
 static uint16_t *kept_labels(const instantft *t) { return (uint16_t *)(void *)(t->arena + IFT_AT_LABELS); }
 
-/* Values first … last-1 of sample i as it is kept; past its end they are zero. */
-static void decode_input(const instantft *t, int i, int first, int last, float *out) {
+/* Values first … last-1 of the m samples with these numbers as they are kept, to rows of `pitch` floats; past a sample's
+ * end they are zero. */
+static void decode_inputs(const instantft *t, const uint32_t *numbers, int m, int first, int last, float *out,
+                          ptrdiff_t pitch) {
 #if IFT_INPUT8
-    (void)prepare(kept_input(t, i), first, last, out);
+    for (int s = 0; s < m; s++) (void)prepare(kept_input(t, (int)numbers[s]), first, last, out + s * pitch);
 #else
-    (void)codec_decode_part(&input_plan, &input_codec, kept_input(t, i), 1, first, last, 0, out);
+    (void)codec_decode_part(&input_plan, &input_codec, kept_input(t, 0), numbers, m, 1, first, last, 0, out, pitch);
 #endif
+}
+static void decode_input(const instantft *t, int i, int first, int last, float *out) {
+    decode_inputs(t, &(const uint32_t){(uint32_t)i}, 1, first, last, out, last - first);
 }
 
 static float *input_row(const instantft *t, int r) { return scratch(t) + IFT_WS_X + (ptrdiff_t)r * ift_pad(N); }
@@ -353,18 +354,15 @@ static void begin(instantft *t) {
 #endif
 }
 
-/* Columns first … last-1 of tap k of m ≤ IFT_ROWS samples, decoded, rows IFT_COLUMNS apart. Returns the codec's next run. */
+/* Columns first … last-1 of tap k of m ≤ IFT_ROWS samples, decoded, rows IFT_PITCH apart. Returns the codec's next run. */
 static int decode_columns(const instantft *t, const uint32_t *numbers, int m, int k, int first, int last, int run,
                           const float **rows) {
-    int next = run;
-    for (int r = 0; r < m; r++) {
-        float *to = scratch(t) + IFT_WS_COLUMNS + (ptrdiff_t)r * IFT_COLUMNS;
-        int i = (int)numbers[r];
-        if (k == 0) decode_input(t, i, first, last, to);
-        else next = codec_decode_part(&t->plan, &t->codec, kept_record(t, i), k, first, last, run, to);
-        rows[r] = to;
-    }
-    return next;
+    float *to = scratch(t) + IFT_WS_COLUMNS;
+    for (int r = 0; r < m; r++) rows[r] = to + (ptrdiff_t)r * IFT_PITCH;
+    if (k > 0)
+        return codec_decode_part(&t->plan, &t->codec, kept_record(t, 0), numbers, m, k, first, last, run, to, IFT_PITCH);
+    decode_inputs(t, numbers, m, first, last, to, IFT_PITCH);
+    return run;
 }
 
 /* One batch, a few columns of a tap and a few samples at a time: what is decoded and its part of A stay in a small cache.

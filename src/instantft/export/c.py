@@ -56,6 +56,9 @@ ROWS8 = 8
 COLUMNS = 256
 """Columns of a tap that a step decodes at a time, at most: 20 samples of them and their part of A fit a 32 KB cache."""
 
+SLACK = 32
+"""Floats past a decoded row where there are vectors: codes are decoded 32 at a time."""
+
 HELD = 16
 """Samples of `add_samples` that the frozen network takes at a time where there are vectors."""
 
@@ -84,6 +87,7 @@ CORE = (
     "vec.h",
     "linalg.h",
     "lanes.h",
+    "neon.h",
     "panels.h",
     "frozen.h",
     "skip.h",
@@ -392,7 +396,7 @@ def _ram(s: _Setting, T: int, rows: int) -> tuple[dict[str, int], dict[str, int]
 
     held = max(HELD if V > 1 else 1, 5 if s.ridge else 1)  # ridge: four rows of K and one more
     ws: dict[str, int] = {"X": 0, "ROWS": held * N0, "COLUMNS": 0}
-    tail = pad(max(held * (N0 + width), 0 if s.ridge else rows * _columns(s))) + 16
+    tail = pad(max(held * (N0 + width), 0 if s.ridge else rows * _pitch(s))) + 16
     lanes, pack = _frozen_scratch(s)
     ws |= {"LANES_A": tail, "LANES_B": tail + lanes, "PACK": tail + 2 * lanes, "CODES": tail}
     record = tail + max(2 * lanes + pack, width // 2 + 16)
@@ -457,6 +461,7 @@ def _ram(s: _Setting, T: int, rows: int) -> tuple[dict[str, int], dict[str, int]
         "HELD": HELD if V > 1 else 1,
         "ROWS": rows,
         "COLUMNS": _columns(s),
+        "PITCH": _pitch(s),
         "ROW_WIDTH": width,
     }
     return parts, layout
@@ -464,6 +469,10 @@ def _ram(s: _Setting, T: int, rows: int) -> tuple[dict[str, int], dict[str, int]
 
 def _columns(s: _Setting) -> int:
     return min(COLUMNS, max(pad(max(g.N, s.spec.C)) for g in s.spec.geometry))
+
+
+def _pitch(s: _Setting) -> int:
+    return _columns(s) + (SLACK if s.lanes > 1 else 0)
 
 
 def _align(n: int) -> int:
