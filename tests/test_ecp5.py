@@ -173,7 +173,7 @@ def same(module: Module, **widths: int) -> tuple[dict[str, int], Module]:
 
 def test_registers_around_a_multiplier_go_into_it() -> None:
     told, after = same(product(), a=18, b=18)
-    assert told == {"registers": 72, "functions": 0}
+    assert told == {"registers": 72, "functions": 0, "copies": 0}
     assert list(after["cells"]) == ["m"]
 
 
@@ -235,6 +235,75 @@ def test_a_function_of_three_or_one_that_others_read_stays() -> None:
     two = cell("LUT4", {"A": 21, "B": 22, "C": "0", "D": "0"}, {"Z": 30}, INIT="0001000100010001")
     ports["look"] = {"direction": "output", "bits": [30]}
     assert ecp5.improve({"cells": {"lut": two, "sum": adder}, "ports": ports})["functions"] == 0
+
+
+def test_what_many_read_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A register and a function of it, each read by more than they may be; neighbours share a copy."""
+    monkeypatch.setattr(ecp5, "MOST", 7)
+    monkeypatch.setattr(ecp5, "EACH", 4)
+    ins, outs = [100 + i for i in range(12)], [200 + i for i in range(12)]
+    cells = {"many": register(10, 11), "lut": cell("LUT4", {"A": 11, "B": 12}, {"Z": 13}, INIT="0110" * 4)}
+    cells |= {f"r{i}": register(11, 300 + i) for i in range(12)}
+    for i in range(12):
+        given = {"A": 300 + i, "B": 13, "C": ins[i], "D": "0"}
+        cells[f"x{i}"] = cell("LUT4", given, {"Z": outs[i]}, INIT="10010110" * 2)
+    ports = {"a": [10], "b": [12], "d": ins}
+    module = {
+        "cells": cells,
+        "ports": {name: {"direction": "input", "bits": b} for name, b in ports.items()}
+        | {"q": {"direction": "output", "bits": outs}, "look": {"direction": "output", "bits": [11]}},
+    }
+    told, after = same(module, a=1, b=1, d=12)
+    # The register has 14 readers and a port of the module; then the function, with 12, has two copies of its own.
+    assert told["copies"] == 3 + 2
+    made = [n for n in after["cells"] if "_copy_" in n]
+    assert sorted(made) == ["lut_copy_1", "lut_copy_2", "many_copy_1", "many_copy_2", "many_copy_3"]
+    readers = {after["cells"][f"r{i}"]["connections"]["DI"][0] for i in range(12)}
+    assert len(readers) == 4
+    for i in range(0, 12, 4):
+        assert len({after["cells"][f"x{j}"]["connections"]["B"][0] for j in range(i, i + 4)}) == 1
+
+
+def array(eights: int) -> Module:
+    """Multipliers of an array, and A's memories of 36 bits."""
+    cells = {
+        f"m{i}": {"type": "MULT18X18D", "attributes": {}, "connections": {"P0": [i]}, "parameters": {}}
+        for i in range(8 * eights + 5)
+    }
+    names = {f"core.array.product_{i}": {"bits": [i]} for i in range(8 * eights)}
+    for i in range(-(-128 * eights // 36)):
+        cells[f"core.adapters.a$7.memory.0.{i}"] = {
+            "type": "DP16KD", "attributes": {}, "connections": {}, "parameters": {"DATA_WIDTH_A": f"{36:032b}"},
+        }  # fmt: skip
+    return {"cells": cells, "netnames": names}
+
+
+def test_the_array_stands_in_columns_and_rows_of_tiles_stay_free() -> None:
+    module = array(8)
+    unread = ecp5.arrange(module)
+    cells = module["cells"]
+    places = {name: cell["attributes"].get("BEL") for name, cell in cells.items()}
+    given = [place for place in places.values() if place]
+    assert len(given) == len(set(given))
+    assert all(places[f"m{i}"] for i in range(64))
+    assert not any(places[f"m{i}"] for i in range(64, 69))
+    # Every memory of A has a place, in the column of the eight parameters that most of it is for.
+    assert all(places[f"core.adapters.a$7.memory.0.{i}"] for i in range(29))
+    columns = {place.split("/")[0] for place in places.values() if place and "MULT18_0" in place}
+    assert len(columns) == 8
+    free = [cell for name, cell in cells.items() if name.startswith("free_")]
+    assert len(free) == unread > 25_000
+    assert all(cell["type"] == "LUT4" and not any(cell["connections"].values()) for cell in free)
+    rows = {int(cell["attributes"]["BEL"].split("/")[1][1:]) for cell in free}
+    assert not rows & {*ecp5.MULTIPLIERS, *ecp5.MEMORIES}
+    assert module["settings"] == ecp5.ROUTER
+
+
+@pytest.mark.parametrize("eights", [0, 14])
+def test_what_has_no_array_or_one_too_large_gets_no_places(eights: int) -> None:
+    module = array(eights)
+    ecp5.arrange(module)
+    assert not any("BEL" in c["attributes"] for n, c in module["cells"].items() if not n.startswith("free_"))
 
 
 @pytest.mark.slow

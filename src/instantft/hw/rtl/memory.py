@@ -1,12 +1,13 @@
 """Memories of the core: one write port, one registered read port, in as many banks as the device wants.
 
-A bank is as deep as a memory block of its style is where it is widest, so that tools need not find the cut themselves
-(yosys never finishes with one huge memory). The last bank, where little is left for it, takes the next smaller style.
+A bank is as deep as a memory block of its style, so that tools need not find the cut themselves (yosys never finishes
+with one huge memory): of UltraRAM where it is widest, of block RAM where it is deepest, for what chooses among banks
+takes more wires than an ECP5 has to spare. The last bank, where little is left for it, takes the next smaller style.
 """
 
 from __future__ import annotations
 
-from amaranth import Module, Signal
+from amaranth import Cat, Module, Signal
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -18,7 +19,9 @@ __all__ = ["LATENCY", "Store", "Style"]
 LATENCY = 2
 """Cycles from `read_address` to `read_data`."""
 
-DEPTH: dict[Style, int] = {"distributed": 64, "block": 1024, "ultra": 4096}
+DEPTH: dict[Style, int] = {"distributed": 64, "block": 4096, "ultra": 4096}
+DEEPEST: dict[Style, tuple[int, int]] = {"block": (2048, 4)}
+"""A bank of more words than the first is cut into memories of the second's bits, as a block has at its deepest."""
 SMALLER: dict[Style, tuple[tuple[int, Style], ...]] = {
     "block": ((64, "distributed"),),
     "ultra": ((128, "distributed"), (512, "block")),
@@ -63,15 +66,21 @@ class Store(wiring.Component):
             style, size = self.style, min(each, self.depth - first)
             if i:
                 style = next((smaller for most, smaller in SMALLER.get(style, ()) if size <= most), style)
-            m.submodules[f"bank{i}"] = bank = Memory(shape=self.width, depth=size, init=[], attrs={"ram_style": style})
-            write, read = bank.write_port(), bank.read_port()
-            m.d.comb += [
-                write.en.eq(self.write & (write_bank == i)),
-                write.addr.eq(self.write_address[:bits]),
-                write.data.eq(self.write_data),
-                read.addr.eq(self.read_address[:bits]),
-            ]
-            words.append(read.data)
+            above, cut = DEEPEST.get(style, (size, 0))
+            cut, word = cut if size > above else self.width, []
+            for low in range(0, self.width, cut):
+                data = self.write_data[low : low + cut]
+                made = Memory(shape=len(data), depth=size, init=[], attrs={"ram_style": style})
+                m.submodules[f"bank{i}_{low}"] = made
+                write, read = made.write_port(), made.read_port()
+                m.d.comb += [
+                    write.en.eq(self.write & (write_bank == i)),
+                    write.addr.eq(self.write_address[:bits]),
+                    write.data.eq(data),
+                    read.addr.eq(self.read_address[:bits]),
+                ]
+                word.append(read.data)
+            words.append(Cat(word))
         out = Signal(self.width, reset_less=True)
         with m.Switch(read_bank):
             for i, word in enumerate(words):
