@@ -70,7 +70,7 @@ DEVICES = {
         Styles(weights="ultra", activations="ultra", entries="ultra", records="ultra"),
     ),
     "ecp5-85f": Device(
-        "LFE5U-85F-6BG756C", "ecp5", {"LUT": 83_640, "FF": 83_640, "MULT18": 156, "EBR": 208}, 208 * 18_432
+        "LFE5U-85F-8BG756C", "ecp5", {"LUT": 83_640, "FF": 83_640, "MULT18": 156, "EBR": 208}, 208 * 18_432
     ),
 }
 

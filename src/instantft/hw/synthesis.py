@@ -221,7 +221,8 @@ def route(config: Config, build: Build, folder: Path, *, seed: int = 1) -> Route
     design = json.loads((folder / "pins.json").read_text())
     unread = ecp5.arrange(design["modules"]["pins"])
     (folder / "placed.json").write_text(json.dumps(design))
-    arguments = ["--85k", "--package", "CABGA756", "--speed", "6", "--json", "placed.json", "--lpf", "core.lpf",
+    speed = config.device.part.rsplit("-", 1)[1][0]
+    arguments = ["--85k", "--package", "CABGA756", "--speed", speed, "--json", "placed.json", "--lpf", "core.lpf",
                  "--lpf-allow-unconstrained", "--textcfg", "pins.config", "--report", "report.json",
                  "--router2-heatmap", "heat", "--freq", f"{config.clock_mhz:g}", "--timing-allow-fail",
                  "--seed", str(seed), *OPTIONS]  # fmt: skip

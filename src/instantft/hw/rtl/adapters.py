@@ -225,7 +225,7 @@ class Adapters(wiring.Component):
             array.u.eq(small.u),
         ]
         m.d.comb += [
-            array.capture.eq(later(m, last & ~down, latency + ARRAY_LATENCY)),
+            array.capture.eq(later(m, last & ~down, latency + ARRAY_LATENCY - 1)),
             A.update.eq(later(m, last & down, latency + ARRAY_LATENCY)),
             A.row.eq(later(m, self.chunk, latency + ARRAY_LATENCY)),
             A.sums.eq(self.p),
@@ -235,10 +235,9 @@ class Adapters(wiring.Component):
 
         # The sums of a tap leave the array rank by rank, while those of the next are made.
         leaving = Signal(rank)
-        then = Cat(array.capture, leaving)
+        then = Cat(later(m, array.capture, 1), leaving)
         m.d.sync += leaving.eq(then)
-        if rank > 1:
-            m.d.sync += array.shift.eq(then[: rank - 1].any())
+        m.d.comb += array.shift.eq(then[: rank - 1].any() if rank > 1 else 0)
         most = (1 << (build.formats.width + PARAMETER_WIDTH - 2)) * max(tap.chunks for tap in build.taps)
         total, depth = tree(m, [head[: most.bit_length() + 1].as_signed() for head in self.lane_heads])
         half = 1 << (PARAMETER_FRACTION - 1)

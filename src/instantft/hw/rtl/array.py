@@ -16,7 +16,7 @@ __all__ = ["LATENCY", "AdaptersPort", "BackbonePort", "LaneArray", "sum_width", 
 
 LATENCY = 3
 """Cycles from an operand to the sum that has it: operands of cycle t are in `p` in cycle t + 3 (operand, product,
-sum registers), so that `capture` in cycle t + 3 takes them."""
+sum registers), so that `capture` in cycle t + 2 takes them."""
 
 START_DELAY = 2
 """Cycles from the operands with `start` to `a`, which is taken where the product meets the sum."""
@@ -48,8 +48,8 @@ class AdaptersPort(wiring.Signature):
         x: (N,) activations.
         a: (N·R,) parameters (lane n, rank r at n·R + r); with update, START_DELAY cycles after their start.
         u: (R,) the operands of an update, 18 bits.
-        capture: the hold chain takes all sums (those in `p` now).
-        shift: the hold chain moves on one place.
+        capture: the hold chain takes all sums (those in `p` in the next cycle).
+        shift: the hold chain moves on one place in the next cycle.
     """
 
     def __init__(self, build: Build) -> None:
@@ -97,7 +97,7 @@ class LaneArray(wiring.Component):
         p: (N·R,) sums, LATENCY cycles after their operands.
         lane_heads: (N,) the hold chain's slot (n, 0) of each lane: after `capture`, rank 0, after s < R shifts rank s.
         sample_heads: (S,) slot 0 of each sample: after `capture`, channel 0, after s < 16 shifts channel s.
-            Both are there from the cycle after `capture`; `shift` in that cycle brings the next in the cycle after.
+            Both are there two cycles after `capture`; `shift` in the cycle after it brings the next a cycle later.
     """
 
     def __init__(self, build: Build) -> None:
@@ -153,10 +153,11 @@ class LaneArray(wiring.Component):
             m.d.comb += self.p[i].eq(total)
 
         hold = [Signal.like(self.p[0], name=f"hold_{i}", reset_less=True) for i in range(count)]
-        with m.If(one.capture | two.capture):
-            m.d.sync += [h.eq(p) for h, p in zip(hold, self.p, strict=True)]
-        with m.Elif(one.shift | two.shift):
-            m.d.sync += [hold[i].eq(hold[i + 1]) for i in range(count - 1) if i % CHANNELS != CHANNELS - 1]
+        take, move = Signal(), Signal()
+        m.d.sync += [take.eq(one.capture | two.capture), move.eq(one.capture | two.capture | one.shift | two.shift)]
+        with m.If(move):
+            for i in range(count):
+                m.d.sync += hold[i].eq(Mux(take, self.p[i], hold[i + 1] if i % CHANNELS != CHANNELS - 1 else hold[i]))
         m.d.comb += [self.lane_heads[n].eq(hold[n * rank]) for n in range(build.lanes)]
         m.d.comb += [self.sample_heads[s].eq(hold[s * CHANNELS]) for s in range(build.samples)]
         return m

@@ -495,12 +495,13 @@ class Backbone(wiring.Component):
 
         # An output's sums are complete SUM cycles after its last operands; then it has 16 cycles to leave.
         tail, drain = Signal.like(self.output, reset_less=True), Signal.like(self.output, reset_less=True)
-        capture = later(m, self.last, READ + SUM)
+        m.d.comb += self.array.capture.eq(later(m, self.last, READ + SUM - 1))
+        capture = later(m, self.array.capture, 1)
         active, channel = Signal(), Signal(range(CHANNELS), reset_less=True)
         place = Signal.like(self.output.address, reset_less=True)
         biases = Signal(16 * BEAT, reset_less=True)
         m.d.comb += [read.addr.eq(tail.bias) for read in self.biases_read]
-        m.d.comb += [self.array.capture.eq(capture), self.array.shift.eq(active)]
+        m.d.comb += self.array.shift.eq(capture | (active & (channel != CHANNELS - 1)))
         with m.If(self.last):
             m.d.sync += tail.eq(self.output)
         again = plan["pair"] & (channel == CHANNELS // 2 - 1)  # channel 0 of the second pixel comes next

@@ -101,7 +101,7 @@ class Quantise(wiring.Component):
         m.d.comb += [
             put.en.eq(written),
             put.addr.eq(at),
-            get.addr.eq(Mux(results.ready, self.scale_address, at)),
+            get.addr.eq(Mux(written, at, self.scale_address)),
         ]
         self.scale_words, self.entry_words = [], []
         for s in range(build.samples):
