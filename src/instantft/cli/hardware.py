@@ -93,10 +93,9 @@ def synth(config: str, base: str | None, out: str, as_json: bool) -> None:
 @click.option("--seed", default=1, show_default=True, help="Of the placer.")
 @json_option
 def route(config: str, base: str | None, out: str, seed: int, as_json: bool) -> None:
-    """Place and route by nextpnr, for the ECP5: an hour or more. The bit stream is in DIR.
+    """Place and route by nextpnr, for the ECP5: half an hour or more. The bit stream is in DIR.
 
-    A nextpnr-ecp5 on the PATH is taken, which is faster than the one of the extra [hw]. For the whole core no way was
-    found so far (docs/hardware.md §12).
+    A nextpnr-ecp5 on the PATH is taken, which is some times as fast as the one of the extra [hw].
     """
     from ..hw.synthesis import route as routed
 
