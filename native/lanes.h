@@ -170,7 +170,6 @@ INLINE void LN(conv_row)(int oc, const conv_args *g, const float *x, const float
     }
 }
 
-/* Two rows of outputs and the 2×2 maximum of each pair of columns, ReLU where asked for. */
 /* One pooled output of each channel, from two rows of two. */
 INLINE void LN(conv_pool_square)(int oc, const conv_args *g, const float *x, const float *w, const float *bias, float *y) {
     LV acc[LANE_OUT][2][4];
@@ -199,7 +198,7 @@ INLINE void LN(conv_pool_row)(int oc, const conv_args *g, const float *x, const 
     int c = 0;
     for (; c + 2 <= g->ow; c += 2) LN(conv_pool_tile)(oc, 4, g, x + 2 * c * LW, w, bias, y + c * LW);
     if (c == g->ow) return;
-    if (oc == 4) LN(conv_pool_square)(oc, g, x + 2 * c * LW, w, bias, y + c * LW);
+    if (oc == 4 && g->kw == 5 && g->kh > 1) LN(conv_pool_square)(oc, g, x + 2 * c * LW, w, bias, y + c * LW);
     else LN(conv_pool_tile)(oc, 2, g, x + 2 * c * LW, w, bias, y + c * LW);
 }
 #else

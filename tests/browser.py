@@ -94,6 +94,22 @@ class Browser:
             assert time.monotonic() < end, f"never true: {script}; the page: {self.run('document.body.innerText')}"
             time.sleep(0.1)
 
+    def click(self, selector: str, times: int = 1) -> None:
+        """The mouse, on the middle of an element; three times selects what is in a field."""
+        where = self.run(
+            f"(e => {{ e.scrollIntoView({{block: 'center'}}); const r = e.getBoundingClientRect(); "
+            f"return [r.x + r.width / 2, r.y + r.height / 2]; }})(document.querySelector({json.dumps(selector)}))"
+        )
+        for count in range(1, times + 1):
+            for kind in ("mousePressed", "mouseReleased"):
+                self.call(
+                    "Input.dispatchMouseEvent", type=kind, x=where[0], y=where[1], button="left", clickCount=count
+                )
+
+    def type(self, text: str) -> None:
+        """The keyboard, into what was clicked on; it replaces what is selected."""
+        self.call("Input.insertText", text=text)
+
     def picture(self, path: Path) -> None:
         """What the page looks like, as PNG."""
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]))

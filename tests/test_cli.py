@@ -423,6 +423,18 @@ BAD: list[tuple[str, Callable[[], Any], tuple[Any, ...], str]] = [
     ("cache file is a device", nothing, (*FINETUNE, "new", "--cache-file", "/dev/zero"), "no regular file"),
     ("negative variance", negative, ("inspect", "negative.safetensors"), "variances of at least 0"),
     ("cache file in nowhere", nothing, (*FINETUNE, "new", "--cache-file", "no/where"), "no/where"),
+    (
+        "epochs of a closed form",
+        nothing,
+        (*FINETUNE, "new", "--method", "skip-ridge", "--epochs", "5"),
+        "epochs must be left out for skip-ridge, which makes no steps, but it is 5",
+    ),
+    (
+        "rank without adapters",
+        nothing,
+        (*FINETUNE, "new", "--method", "ft-last", "--rank", "2"),
+        "rank must be left out for ft-last, which has no adapters, but it is 2",
+    ),
     ("rank 0", nothing, (*FINETUNE, "new", "--rank", "0"), "rank must be an integer from 1 to 4096, not 0"),
     ("rank -1", nothing, (*FINETUNE, "new", "--rank", "-1"), "rank must be"),
     ("rank 1e12", nothing, (*FINETUNE, "new", "--rank", 10**12), "rank must be"),

@@ -193,7 +193,7 @@ def test_metrics_are_prometheus_text(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here (Debian: apt-get install chromium)")
 def test_in_a_real_browser(tmp_path: Path) -> None:
-    """What one sees, and that the button goes back with the token and only with it."""
+    """What one sees, and that its buttons do something with the token and only with it, by mouse and keyboard."""
     journal = journal_in(tmp_path / "state")
     loop = loop_on(journal, meter=lambda: lambda: 0.25)
     run(loop, samples(0, 300) + samples(1, 300, seed=1))
@@ -217,24 +217,40 @@ def test_in_a_real_browser(tmp_path: Path) -> None:
         browser.picture(picture)
         assert picture.stat().st_size > 10_000
 
-        def press(token: str) -> str:
+        def press(button: str) -> str:
             browser.run("document.getElementById('said').textContent = ''")
-            browser.run(f"document.getElementById('token').value = {json.dumps(token)}")
-            browser.run("document.getElementById('to').value = '0'")
-            browser.run("document.getElementById('rollback').click()")
+            browser.click(f"#{button}")
             browser.wait("document.getElementById('said').textContent.length > 1")
             said: Any = browser.run("document.getElementById('said').textContent")
             return str(said)
 
-        assert "needs the token" in press("wrong")
+        def token(text: str) -> None:
+            browser.click("#token", times=3)
+            browser.type(text)
+            assert browser.run("document.getElementById('token').value") == text
+
+        for wrong in ("", "wrong", TOKEN[:-1], TOKEN.upper()):
+            if wrong:
+                token(wrong)
+            for button in ("rollback", "adapt"):
+                assert "needs the token" in press(button)
         assert page.commands() == []
-        assert "asked for" in press(TOKEN)
-        run(loop, page.commands())
+        token("é☃")  # no header can say that
+        assert "no answer" in press("rollback")
+        token(TOKEN)
+        assert "asked for" in press("rollback")
+        asked = page.commands()
+        assert asked == [Command("rollback", {"to": 0})]
+        run(loop, asked)
         assert journal.state.live == 0
         page.publish(loop.summary())
         browser.wait("document.body.innerText.includes('0 (live)')")
+        assert "asked for" in press("adapt")
+        assert page.commands() == [Command("adapt", {})]
         complaints = [c for c in browser.complaints() if "401" not in c and "favicon" not in c]
         assert complaints == []
+        page.close()
+        assert "no answer" in press("rollback")
     finally:
         browser.close()
         page.close()

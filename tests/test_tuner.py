@@ -24,7 +24,8 @@ X, Y = samples.blobs()
 
 
 def tuner(**settings: Any) -> FineTuner:
-    return FineTuner(BASE, **{"engine": "reference", "epochs": 5, **settings})
+    steps = {} if settings.get("method") == "skip-ridge" or settings.get("solver") == "ridge" else {"epochs": 5}
+    return FineTuner(BASE, **{"engine": "reference", **steps, **settings})
 
 
 def test_fit_predict_score(engine: Engine) -> None:
@@ -226,6 +227,15 @@ def test_nothing_fitted_yet() -> None:
         ({"space": "both"}, "space must be one of auto, primal, dual, not 'both'"),
         ({"space": "dual", "method": "ft-last"}, "space 'dual' must go with .* not ft-last"),
         ({"space": "dual", "method": "skip-ridge"}, "space 'dual' must go with .* not skip-ridge"),
+        ({"space": "primal", "method": "skip-ridge"}, "space must be left out for skip-ridge, .* it is primal"),
+        ({"epochs": 5, "method": "skip-ridge"}, "epochs must be left out for skip-ridge, which makes no steps, .* 5"),
+        ({"epochs": 5, "solver": "ridge"}, "epochs must be left out for skip-ridge"),
+        ({"lr": 0.1, "method": "skip-ridge"}, "lr must be left out"),
+        ({"momentum": 0.0, "method": "skip-ridge"}, "momentum must be left out"),
+        ({"batch_size": 10, "method": "skip-ridge"}, "batch_size must be left out"),
+        ({"forgetting": 0.9, "method": "skip2-lora"}, "forgetting must be left out for skip2-lora, which is not in cl"),
+        ({"support": 9, "solver": "sgd"}, "support must be left out for skip2-lora"),
+        ({"rank": 4, "method": "ft-all"}, "rank must be left out for ft-all, which has no adapters, but it is 4"),
     ],
 )
 def test_arguments_out_of_range(settings: dict[str, Any], words: str) -> None:

@@ -64,6 +64,16 @@ class Method:
         """True where training needs only records: adapters straight to the output and no weights."""
         return self.weights == "none" and self.biases == "none" and self.adapters in ("last", "skip")
 
+    @property
+    def without(self) -> dict[str, str]:
+        """Arguments of `FineTuner` that mean nothing to this row, and why."""
+        unused = (
+            dict.fromkeys(("epochs", "lr", "momentum", "batch_size", "space"), "makes no steps")
+            if self.solver == "ridge"
+            else dict.fromkeys(("forgetting", "support"), "is not in closed form")
+        )
+        return unused | ({"rank": "has no adapters"} if self.adapters == "none" else {})
+
 
 METHODS: dict[str, Method] = {
     m.name: m

@@ -78,6 +78,11 @@ EPOCHS = 10
 CHOICES = {"ridge": "skip-ridge", "sgd": "skip2-lora"}
 """What `auto` picks for each solver."""
 
+UNSET = {
+    "epochs": None, "lr": None, "momentum": None, "batch_size": 20, "space": AUTO, "rank": None,
+    "forgetting": 1.0, "support": None,
+}  # fmt: skip
+"""What `FineTuner` has where nobody says anything."""
 
 PICKLED = (".pt", ".pth", ".pt2", ".bin", ".ckpt", ".pkl")
 """Files in which PyTorch modules are kept; loading them unpickles, of archives of torch.export (.pt2) too."""
@@ -134,13 +139,13 @@ class FineTuner:
             skip2-lora, skip-ridge), or "auto": skip-ridge, which needs no settings; skip2-lora where epochs, lr,
             momentum or space are given, or where the system would be too large.
         solver: "ridge" (closed form) or "sgd" narrows what auto may pick; "auto": no preference.
-        rank: R of the adapters; None: 4, for skip-ridge full rank.
+        rank: R of the adapters, where there are some; None: 4, for skip-ridge full rank.
         cache: codec of the forward cache (`cache.codecs.CODECS`), or "none"; None: fp32 for skip2-lora and skip-ridge,
             none for the others.
         epochs: of SGD; None: 10, under auto as many as a held-out block asks for.
         lr: of SGD; None: from the largest eigenvalue of the cached features (`solvers.step`), 0.1 without a cache.
         batch_size, momentum: of SGD; momentum None: 0.8 for skip-lora and skip2-lora where lr is None too, else 0.
-            skip-ridge makes no steps and has no use for any of them.
+            A method that is named, or a solver, refuses what means nothing to it (`Method.without`).
         space: where SGD makes its steps: "primal", "dual" (on Gram matrices of the samples, `solvers.dual`), or "auto",
             which takes the cheaper for each tap.
         seed: decides the whole result.
@@ -614,6 +619,12 @@ class FineTuner:
         check_task(self.task)
         self._targets(np.zeros(1, np.int32), None)
         check_stream(self.forgetting, self.support)
+        if (self.method, self.solver) != (AUTO, AUTO):  # auto takes what is given as a hint
+            for name, why in m.without.items():
+                if getattr(self, name) != UNSET[name]:
+                    raise UsageError(
+                        f"{name} must be left out for {m.name}, which {why}, but it is {getattr(self, name)}"
+                    )
         if self.lift is not None:
             if self.lift not in lifting.LIFTS:
                 raise UsageError(f"lift must be one of {', '.join(lifting.LIFTS)}, not {self.lift!r:.60}")
@@ -675,9 +686,6 @@ class FineTuner:
     def _warn(self, m: Method, y: NDArray[Any]) -> None:
         """Of what can be done, but is probably not what was meant."""
         warn_if_poor(y, self.batch_size if m.solver == "sgd" else 1, self.base.spec.C)
-        unused = [name for name in ("epochs", "lr", "momentum") if getattr(self, name) is not None]
-        if m.solver == "ridge" and unused:
-            warnings.warn(f"{', '.join(unused)} mean nothing to {m.name}, which makes no steps", stacklevel=4)
 
     def _rank(self, m: Method) -> int:
         return own_rank(m, self.base.spec) if self.rank is None else int(self.rank)

@@ -12,7 +12,7 @@
 enum { ROWS = 64, WIDTH = IFT_ROW_WIDTH };
 extern const ift_layer_desc instantft_layers[];
 static uint64_t memory[IFT_RUNS_BYTES / 8];
-static const uint32_t numbers[3];
+static const uint32_t numbers[3] = {2, 0, 1};
 static float row[WIDTH], all[WIDTH], part[3 * (WIDTH + 32)];
 static uint8_t codes[IFT_STRIDE + 64], scratch[2 * WIDTH + 64];
 static ift_plan plan;

@@ -466,6 +466,8 @@ def _do(folder: str, request: Mapping[str, Any], alone: Callable[[Journal], int]
             return int(answer.get("samples") or 0)
         if made():
             return 0
+        if time.monotonic() > until:
+            raise FileError(f"the watcher on {folder} must answer, but its answers are lost: can they be written?")
     journal = Journal(Path(folder), None, pending=None)
     try:
         return 0 if made() else alone(journal)

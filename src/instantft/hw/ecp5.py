@@ -101,7 +101,9 @@ def improve(module: dict[str, Any]) -> dict[str, int]:
     """Change a module in place. Returns how many registers went into multipliers, how many LUTs into adders,
     and how many cells were copied."""
     nets = _Nets(module)
-    return {"registers": _registers(nets), "functions": _functions(nets), "copies": _copies(nets)}
+    named = (bit for net in module.get("netnames", {}).values() for bit in net["bits"])
+    free = 1 + max(bit for bit in (*nets.driver, *nets.readers, *named) if isinstance(bit, int))
+    return {"registers": _registers(nets), "functions": _functions(nets), "copies": _copies(nets, free)}
 
 
 def arrange(module: dict[str, Any]) -> int:
@@ -141,7 +143,7 @@ def _places(module: dict[str, Any]) -> None:
         for name, net in module["netnames"].items()
         if re.fullmatch(r"core\.array\.product_\d+", name) and net["bits"][0] in owner
     }
-    eights = -(-len(array) // EIGHT)
+    eights = -(-(max(array, default=-1) + 1) // EIGHT)
     if not 0 < eights <= len(COLUMNS):
         return
     columns = [COLUMNS[round(i * (len(COLUMNS) - 1) / max(1, eights - 1))] for i in range(eights)]
@@ -301,9 +303,13 @@ def _of_two(lut: dict[str, Any]) -> tuple[tuple[Bit, Bit], list[int]] | None:
     return (first, second), out
 
 
-def _copies(nets: _Nets) -> int:
-    """What more than MOST inputs read is made several times, each for up to EACH of them, which stand together."""
-    count, free = 0, 1 + max((bit for bit in (*nets.driver, *nets.readers) if isinstance(bit, int)), default=0)
+def _copies(nets: _Nets, free: int) -> int:
+    """What more than MOST inputs read is made several times, each for up to EACH of them, which stand together.
+
+    Args:
+        free: a number from which on no net has one.
+    """
+    count = 0
     for name in [n for n, cell in nets.cells.items() if cell["type"] in OUTPUT]:
         cell = nets.cells[name]
         port = OUTPUT[cell["type"]]

@@ -51,16 +51,15 @@ class Fifo(wiring.Component):
     Args:
         width: bits.
         depth: places, a power of 2; one more waits at the output.
-        ram: `ram_style` of its memory.
 
     Ports:
         in_valid, in_data, in_ready; out_valid, out_data, out_ready: streams.
         level: how many it holds in its `depth` places.
     """
 
-    def __init__(self, width: int, depth: int, ram: str = "distributed") -> None:
+    def __init__(self, width: int, depth: int) -> None:
         assert depth in (2, 4, 8, 16, 32, 64, 128, 256), depth
-        self.width, self.depth, self.ram = width, depth, ram
+        self.width, self.depth = width, depth
         super().__init__(
             {
                 "in_valid": In(1),
@@ -76,7 +75,7 @@ class Fifo(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         m.submodules.memory = ram = memory.Memory(
-            shape=unsigned(self.width), depth=self.depth, init=[], attrs={"ram_style": self.ram}
+            shape=unsigned(self.width), depth=self.depth, init=[], attrs={"ram_style": "distributed"}
         )
         write, read = ram.write_port(), ram.read_port()
         head, tail = Signal(range(self.depth)), Signal(range(self.depth))
@@ -245,11 +244,8 @@ class _Bursts(wiring.Component):
 class Reader(wiring.Component):
     """Commands in, beats out, in order.
 
-    Args:
-        tag: bits that go with a command and come back with its beats.
-
     Ports:
-        command, tag_in: what to read.
+        command, tag_in: what to read, and a bit that comes back with its beats.
         bus: AR and R.
         valid, data, ready, tag, last: beats; `last` with the last one of a command.
         flush: while it is 1 nothing is asked for, and beats on their way are thrown away.
@@ -260,17 +256,16 @@ class Reader(wiring.Component):
     command: wiring.PureInterface
     bus: wiring.PureInterface
 
-    def __init__(self, tag: int = 1) -> None:
-        self.tag_width = tag
+    def __init__(self) -> None:
         super().__init__(
             {
                 "command": In(Command()),
-                "tag_in": In(tag),
+                "tag_in": In(1),
                 "bus": Out(ReadChannel()),
                 "valid": Out(1),
                 "data": Out(DATA),
                 "ready": In(1),
-                "tag": Out(tag),
+                "tag": Out(1),
                 "last": Out(1),
                 "flush": In(1),
                 "error": Out(1),
@@ -281,10 +276,10 @@ class Reader(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         m.submodules.bursts = bursts = _Bursts()
-        m.submodules.notes = notes = Fifo(self.tag_width + 1, OUTSTANDING)
-        m.submodules.skid = skid = SkidBuffer(DATA + self.tag_width + 1)
+        m.submodules.notes = notes = Fifo(2, OUTSTANDING)  # tag, last
+        m.submodules.skid = skid = SkidBuffer(DATA + 2)
         bus = self.bus
-        tag = Signal(self.tag_width, reset_less=True)
+        tag = Signal(reset_less=True)
         with m.If(self.command.valid & self.command.ready):
             m.d.sync += tag.eq(self.tag_in)
         outstanding = Signal(range(OUTSTANDING + 1))  # from `start` to RLAST

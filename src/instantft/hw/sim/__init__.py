@@ -163,6 +163,7 @@ def compiled(verilog: str, *, trace: bool = False, defines: tuple[str, ...] = ()
     if program.exists():
         return program
     folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.with_suffix(".log")  # its own: others may be compiled meanwhile
     with tempfile.TemporaryDirectory(dir=folder.parent) as made:
         Path(made, "core.v").write_text(verilog)
         shutil.copy(HARNESS, made)
@@ -170,7 +171,7 @@ def compiled(verilog: str, *, trace: bool = False, defines: tuple[str, ...] = ()
         run(
             [tool, "--cc", "--exe", "--build", "-j", "2", "--top-module", "core", "--Mdir", "obj", *flags,
              "-CFLAGS", options, "core.v", "harness.cpp"],
-            Path(made), folder.parent / "verilator.log", what="Verilator",
+            Path(made), log, what="Verilator",
             environment={"MAKEFLAGS": MAKEFLAGS, "VERILATOR_ROOT": str(tool.parent.parent)},
         )  # fmt: skip
         ready = Path(made, "ready")
