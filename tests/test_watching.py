@@ -20,7 +20,7 @@ import pytest
 
 import instantft
 from instantft.backbones.builtin import Network
-from instantft.cli import run
+from instantft.cli import run, watching
 from instantft.watch.detectors import Seen
 from instantft.watch.journal import read_state
 from instantft.watch.loop import Command
@@ -286,6 +286,19 @@ def test_what_a_watcher_did_before_it_died_is_not_done_twice(tmp_path: Path) -> 
     assert asking.returncode == 0
     assert out.decode() == f"version {live} → {live - 1}\n"
     assert read_state(tmp_path / "state").live == live - 1
+
+
+def test_a_watcher_whose_answers_are_lost_is_not_asked_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = journal_in(tmp_path / "state")
+    asked = []
+    monkeypatch.setattr(watching, "_answer", lambda *_: asked.append(1))
+    monkeypatch.setattr(watching, "PATIENCE", 0.2)
+    assert run(["forget", str(tmp_path / "state"), "--all"]) == 2
+    journal.close()
+    assert asked
+    assert capsys.readouterr().err.endswith("must answer, but its answers are lost: can they be written?\n")
 
 
 def test_it_goes_on_after_it_was_killed(base_file: Path, tmp_path: Path) -> None:

@@ -460,9 +460,9 @@ def _do(folder: str, request: Mapping[str, Any], alone: Callable[[Journal], int]
     until = time.monotonic() + PATIENCE
     while (name := ask(Path(folder), request)) is not None:
         answer = _answer(Path(folder), name, until)
-        if answer is not None and answer.get("done") is not True:
-            raise UsageError(f"the watcher must {request['command']}, but it did not: {answer.get('why')}")
         if answer is not None:
+            if answer.get("done") is not True:
+                raise UsageError(f"the watcher must {request['command']}, but it did not: {answer.get('why')}")
             return int(answer.get("samples") or 0)
         if made():
             return 0

@@ -119,7 +119,8 @@ def arrange(module: dict[str, Any]) -> int:
     _places(module)
     module["settings"] = {**module.get("settings", {}), **ROUTER}
     rows = [y for y in range(*TILES_Y) if y not in (*MULTIPLIERS, *MEMORIES)][2::3]
-    for x, y, place in product(range(*TILES_X), rows, (f"SLICE{s}.K{k}" for s in "ABCD" for k in "01")):
+    unread = list(product(range(*TILES_X), rows, (f"SLICE{s}.K{k}" for s in "ABCD" for k in "01")))
+    for x, y, place in unread:
         module["cells"][f"free_{x}_{y}_{place}"] = {
             "type": "LUT4",
             "parameters": {"INIT": "0" * 16},
@@ -127,7 +128,7 @@ def arrange(module: dict[str, Any]) -> int:
             "port_directions": {"A": "input", "B": "input", "C": "input", "D": "input", "Z": "output"},
             "connections": {"A": [], "B": [], "C": [], "D": [], "Z": []},
         }
-    return sum(name.startswith("free_") for name in module["cells"])
+    return len(unread)
 
 
 def _places(module: dict[str, Any]) -> None:
